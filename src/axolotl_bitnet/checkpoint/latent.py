@@ -1,0 +1,115 @@
+"""Latent checkpoints: what training saves. Their names, their codes, and the files that travel with a model."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..convert import CONFIG_KEY
+from ..fingerprint import Fingerprint, TensorFingerprint, digest_rows, merge_digests
+from ..ternary import abs_sum, absmean, codes_of, scale_of
+from .stream import CheckpointError, CheckpointReader, read_json
+
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "chat_template*",
+    "generation_config.json",
+    "*processor_config.json",
+)
+"""Files beside the weights that make a folder a usable model (glob patterns, files only)."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of a checkpoint's linear layers, from its config: the ternary ones and those that stayed dense."""
+
+    converted: list[str]
+    dense: list[str]
+
+
+def read_names(config: dict[str, Any], where: str | Path) -> Names:
+    """The list that conversion wrote.
+
+    Raises:
+        CheckpointError: the config has none, so the checkpoint was not trained with BitLinear layers of this package.
+    """
+    entry = config.get(CONFIG_KEY)
+    if not isinstance(entry, dict) or not entry.get("converted"):
+        raise CheckpointError(
+            f"{where} does not say which layers are ternary (no '{CONFIG_KEY}' key): it was not trained with use_onebitllms "
+            "by axolotl-bitnet. Load it, call convert_to_bitlinear(model) and save it again"
+        )
+    return Names(list(entry["converted"]), list(entry.get("dense", [])))
+
+
+class LatentCheckpoint:
+    """A folder of latents, read tensor by tensor.
+
+    Raises:
+        CheckpointError: no safetensors or no config there, or a converted layer has no floating-point matrix.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config = read_json(self.folder / "config.json")
+        self.names = read_names(self.config, self.folder / "config.json")
+        self.reader = CheckpointReader(self.folder)
+        for name in self.names.converted:
+            entry = self.reader.entries.get(f"{name}.weight")
+            if entry is None:
+                raise CheckpointError(f"{self.folder} has no '{name}.weight', which its config lists as ternary")
+            if not entry.dtype.is_floating_point or len(entry.shape) != 2:
+                raise CheckpointError(f"{self.folder}: '{entry.name}' is {entry.dtype} {list(entry.shape)}, not latents")
+
+    def absmean(self, name: str) -> Tensor:
+        """``g`` of a layer, summed over row blocks."""
+        key = f"{name}.weight"
+        total = sum((abs_sum(block) for block in self.reader.row_blocks(key)), torch.zeros((), dtype=torch.float64))
+        rows, columns = self.reader.entries[key].shape
+        return absmean(total, rows * columns)
+
+    def codes(self, name: str) -> tuple[Tensor, Tensor]:
+        """``(codes, s)`` of a layer: int8 (rows, columns) and bfloat16 (1,)."""
+        key = f"{name}.weight"
+        g = self.absmean(name)
+        codes = torch.empty(self.reader.entries[key].shape, dtype=torch.int8)
+        row = 0
+        for block in self.reader.row_blocks(key):
+            codes[row : row + block.shape[0]] = codes_of(block, g)
+            row += block.shape[0]
+        return codes, scale_of(g)
+
+    def fingerprint(self) -> Fingerprint:
+        """Fingerprint of what these latents quantize to."""
+        tensors = {}
+        for name in self.names.converted:
+            key, g = f"{name}.weight", self.absmean(name)
+            digests, zeros, row = [], 0, 0
+            for block in self.reader.row_blocks(key):
+                codes = codes_of(block, g)
+                digests.append(digest_rows(codes, first_row=row))
+                zeros += codes.numel() - int(codes.count_nonzero())
+                row += block.shape[0]
+            rows, columns = self.reader.entries[key].shape
+            digest = f"{merge_digests(digests):016x}"
+            tensors[name] = TensorFingerprint((rows, columns), digest, float(scale_of(g)), zeros)
+        return Fingerprint(tensors)
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer, chat template, generation config and the like; returns the names copied."""
+    names = sorted({path.name for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names

@@ -1,0 +1,150 @@
+"""Packed checkpoints: 2 bits a weight, as transformers' BitNet integration reads them.
+
+Byte ``[r, c]`` of the uint8 matrix (rows / 4, columns) holds the codes, plus one, of rows ``r``, ``r + rows/4``,
+``r + 2 rows/4`` and ``r + 3 rows/4`` at bits 0, 2, 4 and 6. Beside it lies ``weight_scale``: the ``s`` of the definition,
+bfloat16 (1,), by which the layer divides. All other tensors are stored in bfloat16.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..convert import CONFIG_KEY, ROWS_PER_BYTE
+from ..fingerprint import Fingerprint, fingerprint_codes
+from .latent import LatentCheckpoint, Names, copy_companions, read_names
+from .stream import SINGLE, CheckpointError, CheckpointReader, Entry, SafetensorsWriter, read_json, whole_folder, write_json
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """int8 codes (rows, columns) to uint8 (rows / 4, columns).
+
+    Raises:
+        ValueError: rows is not a multiple of 4.
+    """
+    if codes.shape[0] % ROWS_PER_BYTE:
+        raise ValueError(f"{codes.shape[0]} rows cannot be packed: not a multiple of {ROWS_PER_BYTE}")
+    first, second, third, fourth = (codes + 1).to(torch.uint8).chunk(ROWS_PER_BYTE)
+    return first | second << 2 | third << 4 | fourth << 6
+
+
+def unpack_codes(packed: Tensor) -> Tensor:
+    """uint8 (rows / 4, columns) to int8 codes (rows, columns). Bits 11 give the code 2, which no packer writes."""
+    return torch.cat([(packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)])
+
+
+def pack_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """Pack a latent checkpoint to 2 bits a weight.
+
+    Works tensor by tensor: memory stays below twice the largest tensor. The folder appears when it is complete, or not
+    at all.
+
+    Args:
+        src: folder of latents, as training saves it: config.json, safetensors (single or sharded), tokenizer.
+        dst: folder to make.
+        overwrite: replace ``dst`` if it exists.
+        check: called with the finished folder before it gets its name; if it raises, nothing is left behind.
+
+    Returns:
+        ``dst``.
+
+    Raises:
+        CheckpointError: the source cannot be read or packed, or the target exists.
+    """
+    latents = LatentCheckpoint(src)
+    ternary = {f"{name}.weight": name for name in latents.names.converted}
+    entries: list[Entry] = []
+    for entry in latents.reader.entries.values():
+        if entry.name in ternary:
+            rows, columns = entry.shape
+            if rows % ROWS_PER_BYTE:
+                raise CheckpointError(f"{latents.folder}: '{entry.name}' has {rows} rows, not a multiple of {ROWS_PER_BYTE}")
+            entries.append(Entry(entry.name, torch.uint8, (rows // ROWS_PER_BYTE, columns)))
+            entries.append(Entry(f"{ternary[entry.name]}.weight_scale", torch.bfloat16, (1,)))
+        else:
+            dtype = torch.bfloat16 if entry.dtype.is_floating_point else entry.dtype
+            entries.append(Entry(entry.name, dtype, entry.shape))
+
+    with whole_folder(dst, overwrite) as work:
+        with SafetensorsWriter(work / SINGLE, entries) as writer:
+            for name, entry in latents.reader.entries.items():
+                if name in ternary:
+                    codes, scale = latents.codes(ternary[name])
+                    if not bool(torch.isfinite(scale)):
+                        raise CheckpointError(f"{latents.folder}: '{name}' holds a NaN or an Inf and has no codes")
+                    writer.write(name, pack_codes(codes))
+                    writer.write(f"{ternary[name]}.weight_scale", scale)
+                elif entry.dtype.is_floating_point:
+                    writer.write(name, latents.reader.tensor(name).to(torch.bfloat16))
+                else:
+                    writer.write(name, latents.reader.tensor(name))
+        write_json(work / "config.json", packed_config(latents.config, latents.names))
+        copy_companions(latents.folder, work)
+        if check is not None:
+            check(work)
+    return Path(dst)
+
+
+def packed_config(config: dict[str, Any], names: Names) -> dict[str, Any]:
+    """A latent checkpoint's config.json turned into a packed one's."""
+    packed = {key: value for key, value in config.items() if key != "torch_dtype"}
+    packed["dtype"] = "bfloat16"
+    packed["quantization_config"] = {
+        "quant_method": "bitnet",
+        "linear_class": "bitlinear",  # divides by weight_scale; "autobitlinear" would scale the bias as well
+        "quantization_mode": "offline",
+        "modules_to_not_convert": _exclusions(names),
+    }
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:
+        packed["rope_theta"] = rope["rope_theta"]  # MLX reads it here only, and would take 10000 without a word
+    return packed
+
+
+def read_packed(folder: str | Path) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
+    """The ternary layers of a packed folder: by name, a function that reads ``(codes, s)``.
+
+    Raises:
+        CheckpointError: the folder is not packed as :func:`pack_checkpoint` does it.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    quantization = config.get("quantization_config", {})
+    if quantization.get("quant_method") != "bitnet" or quantization.get("linear_class") != "bitlinear":
+        raise CheckpointError(f"{folder / 'config.json'} is not that of a packed model (quant_method bitnet, linear_class bitlinear)")
+    reader = CheckpointReader(folder)
+    names = read_names(config, folder / "config.json")
+
+    def load(name: str) -> tuple[Tensor, Tensor]:
+        return unpack_codes(reader.tensor(f"{name}.weight")), reader.tensor(f"{name}.weight_scale")
+
+    for name in names.converted:
+        entry, scale = reader.entries.get(f"{name}.weight"), reader.entries.get(f"{name}.weight_scale")
+        if entry is None or entry.dtype != torch.uint8 or scale is None or scale.shape != (1,):
+            raise CheckpointError(f"{folder}: layer '{name}' is not packed (needs a uint8 weight and a weight_scale of shape [1])")
+    return {name: (lambda name=name: load(name)) for name in names.converted}
+
+
+def fingerprint_packed(folder: str | Path) -> Fingerprint:
+    """Fingerprint of a packed folder's codes and scales, read back from its bytes."""
+    return Fingerprint({name: fingerprint_codes(*load()) for name, load in read_packed(folder).items()})
+
+
+def _exclusions(names: Names) -> list[str]:
+    """``modules_to_not_convert``. Transformers matches an entry as a prefix or a suffix of a module's name too, so one
+    that would catch a ternary layer (``mlp.gate`` in ``mlp.gate_proj``) is written as an anchored expression."""
+    entries = []
+    for name in names.dense:
+        catches = any(other.startswith(name) or other.endswith(name) for other in names.converted)
+        entries.append(f"{re.escape(name)}$" if catches else name)
+    return entries

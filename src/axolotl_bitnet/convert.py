@@ -1,0 +1,186 @@
+"""Which nn.Linear become BitLinear, and the swap.
+
+Every nn.Linear of the language model becomes ternary, except the output head, what the user names, vision and audio
+towers, and MoE routers. The swap changes a module's class in place: the Parameter object, its device (meta too), its
+hooks and its sharding stay. The names are written to the model's config, and that list is the only one that packing
+and verification use.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .bitlinear import BitLinear
+from .ternary import DEFINITION
+
+CONFIG_KEY = "axolotl_bitnet"
+"""Key of config.json under which a converted model lists its ternary and its dense linear layers."""
+
+ROWS_PER_BYTE = 4  # the packed format stores four rows of codes in one row of bytes
+_HEADS = {"lm_head", "embed_out", "score", "classifier"}
+_ROUTERS = {"gate", "router", "wg", "shared_expert_gate"}
+_TOWERS = re.compile(r"vision|visual|image|audio|speech|multi_?modal|mm_projector|connector|aligner")
+
+
+class ConversionError(ValueError):
+    """The model cannot become ternary as asked; the message names the module and what to do."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Names of the linear layers: those that become (or are) BitLinear, and those that stay dense."""
+
+    converted: list[str]
+    dense: list[str]
+
+
+def convert_to_bitlinear(model: nn.Module, skip_modules: Iterable[str] = ()) -> list[str]:
+    """Make a model ternary, in place.
+
+    Args:
+        model: any model; one of transformers also gets the list of names into its config.
+        skip_modules: linear layers to leave dense, beside the output head: a full name (``model.layers.0.mlp.up_proj``),
+            the end of one (``down_proj``), a parent (``model.layers.0``) or a glob (``*.layers.0.*``).
+
+    Returns:
+        The names of the BitLinear layers.
+
+    Raises:
+        ConversionError: a layer cannot be packed or would bypass its module, or a pattern matches nothing.
+    """
+    plan = plan_conversion(model, skip_modules)
+    if any(_is_auto_bitlinear(model.get_submodule(name)) for name in plan.converted):
+        _forget_quantizer(model)
+    for name in plan.converted:
+        _swap(model.get_submodule(name))
+    config = getattr(model, "config", None)
+    if config is not None:
+        setattr(config, CONFIG_KEY, {"definition": DEFINITION, "converted": plan.converted, "dense": plan.dense})
+    return plan.converted
+
+
+def plan_conversion(model: nn.Module, skip_modules: Iterable[str] = ()) -> Plan:
+    """Decide which linear layers become ternary, without touching the model (a meta-device model will do)."""
+    patterns = list(skip_modules)
+    unused = set(patterns)
+    head = _output_head(model)
+    plan = Plan(converted=[], dense=[])
+    problems: list[str] = []
+
+    def skipped(name: str) -> bool:
+        hits = {pattern for pattern in patterns if _matches(name, pattern)}
+        unused.difference_update(hits)
+        return bool(hits)
+
+    for name, module in model.named_modules():
+        if problem := _bypass(name, module):
+            if not skipped(name):
+                problems.append(problem)
+        elif not _is_linear(module):
+            continue
+        elif skipped(name) or module is head or _stays_dense(name):
+            plan.dense.append(name)
+        elif problem := _unfit(name, module):
+            problems.append(problem)
+        else:
+            plan.converted.append(name)
+
+    if unused:
+        problems.append(f"skip_modules matches no linear layer: {sorted(unused)}. Print the names with model.named_modules()")
+    if not plan.converted and not problems:
+        problems.append(f"{type(model).__name__} has no nn.Linear to convert (only {len(plan.dense)} that stay dense)")
+    if problems:
+        shown = "\n  ".join(problems[:8])
+        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ConversionError(f"{type(model).__name__} cannot be made ternary:\n  {shown}{more}")
+    return plan
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # transformers' own packed layer is no nn.Linear, but must not pass for "nothing to do here"
+    return isinstance(module, nn.Linear) or type(module).__name__ == "BitLinear"
+
+
+def _is_auto_bitlinear(module: nn.Module) -> bool:
+    return type(module).__name__ == "AutoBitLinear" and isinstance(module, nn.Linear)
+
+
+def _unfit(name: str, module: nn.Module) -> str | None:
+    """Why this linear layer cannot be converted, or None."""
+    kind = type(module)
+    if kind is not nn.Linear and kind is not BitLinear and not _is_auto_bitlinear(module):
+        if kind.__name__ == "BitLinear":
+            return f"{name} is already packed to 2 bits: training needs latents; start from a bf16 or 'prequantized' base"
+        return f"{name} is a {kind.__module__}.{kind.__name__}, not a plain nn.Linear: add it to skip_modules to leave it so"
+    if _is_auto_bitlinear(module):
+        if getattr(module, "rms_norm", None) is not None:
+            return f"{name} normalizes inside the layer (use_rms_norm), which the packed format cannot say"
+        if not module.online_quant:
+            return f"{name} holds offline-quantized weights (codes beside a weight_scale): start from the bf16 latents"
+    if module.out_features % ROWS_PER_BYTE:
+        return (
+            f"{name} has out_features = {module.out_features}, not a multiple of {ROWS_PER_BYTE}, "
+            "and could not be packed: add it to skip_modules"
+        )
+    return None
+
+
+def _bypass(name: str, module: nn.Module) -> str | None:
+    """Why the weights inside this module would not go through BitLinear's forward, or None."""
+    kind = type(module).__name__
+    if kind.endswith("Experts") or name.rsplit(".", 1)[-1] == "experts":
+        fused = [key for key, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
+        if fused:
+            return (
+                f"{name} ({kind}) fuses its experts into 3-D tensors ({', '.join(fused)}), which no nn.Linear computes: "
+                f"add '{name}' to skip_modules to leave the experts dense"
+            )
+    if isinstance(getattr(module, "conv1d", None), nn.Module) and isinstance(getattr(module, "out_proj", None), nn.Linear):
+        return (
+            f"{name} ({kind}) is a state-space mixer whose fused kernel reads out_proj.weight past the layer: "
+            f"add '{name}' to skip_modules to leave the mixer dense"
+        )
+    return None
+
+
+def _stays_dense(name: str) -> bool:
+    parts = name.split(".")
+    return parts[-1] in _HEADS | _ROUTERS or any(_TOWERS.search(part) for part in parts)
+
+
+def _output_head(model: nn.Module) -> Any:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return (
+        name == pattern
+        or name.endswith(f".{pattern}")
+        or name.startswith(f"{pattern}.")
+        or fnmatch.fnmatchcase(name, pattern)
+    )
+
+
+def _forget_quantizer(model: nn.Module) -> None:
+    """Microsoft's bf16 BitNet loads as a quantized model; with BitLinear it is a plain one, saved and trained as such."""
+    for owner, attribute in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(owner, attribute):
+            delattr(owner, attribute)
+    model.is_quantized = False  # type: ignore[assignment]
+
+
+def _swap(module: nn.Module) -> None:
+    if _is_auto_bitlinear(module):
+        # Transformers' online layer: what it has beyond nn.Linear must go, or it would be saved and loaded again.
+        module._load_state_dict_pre_hooks.clear()
+        for leftover in ("online_quant", "rms_norm"):
+            if hasattr(module, leftover):
+                delattr(module, leftover)
+    module.__class__ = BitLinear

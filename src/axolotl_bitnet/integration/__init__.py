@@ -1,0 +1,1 @@
+"""The only folder that imports axolotl: config arguments, plugin hooks, command line."""

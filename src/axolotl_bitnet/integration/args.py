@@ -1,0 +1,181 @@
+"""The config: `use_onebitllms` and the `bitnet:` block, and every combination that is refused, with its reason.
+
+Axolotl mixes :class:`BitNetArgs` into its own config class and runs the validator here on all keys, before anything is
+loaded. Without ``use_onebitllms: true`` nothing is checked but one thing: a ``bitnet:`` block would train dense.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class BitNetConfig(BaseModel):
+    """The `bitnet:` block. Everything in it is optional."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    learning_rate_multiplier: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        json_schema_extra={"description": "Effective learning rate = learning_rate x this, applied once."},
+    )
+    learning_rate_scope: Literal["all", "ternary"] = Field(
+        default="all",
+        json_schema_extra={"description": "What the multiplier reaches: all parameters, or BitLinear weights only."},
+    )
+    latent_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        json_schema_extra={"description": "Precision of the latent weights that the optimizer updates."},
+    )
+    skip_modules: list[str] = Field(
+        default_factory=list,
+        json_schema_extra={"description": "Linear layers left dense beside the output head: names, ends, parents or globs."},
+    )
+    export: list[Literal["packed"]] = Field(
+        default_factory=lambda: ["packed"],  # type: ignore[arg-type,return-value]
+        json_schema_extra={"description": "Artifacts made after training; [] for none."},
+    )
+    verify: bool = Field(
+        default=True,
+        json_schema_extra={"description": "Hold every artifact against the fingerprint of the trained model."},
+    )
+
+
+class BitNetArgs(BaseModel):
+    """Keys that the plugin adds to Axolotl's config."""
+
+    use_onebitllms: bool | None = Field(
+        default=None, json_schema_extra={"description": "Train ternary (1.58-bit) weights."}
+    )
+    bitnet: BitNetConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_what_cannot_work(cls, data: Any) -> Any:
+        """Raise ValueError with a sentence saying why, and what to do instead."""
+        if not isinstance(data, Mapping):
+            return data
+        if not data.get("use_onebitllms"):
+            if data.get("bitnet") is not None:
+                raise ValueError(
+                    "the config has a `bitnet:` block but not `use_onebitllms: true`: it would train a dense model. "
+                    "Add `use_onebitllms: true`, or remove the block"
+                )
+            return data
+        for problem in refusals(data):
+            raise ValueError(problem)
+        return data
+
+
+# Optimizers that build parameter groups of their own, past Axolotl's lr_groups.
+_OWN_GROUPS = ("muon", "dion", "galore", "apollo", "lomo", "flash_")
+
+
+def refusals(cfg: Mapping[str, Any]) -> list[str]:
+    """Why this ternary config cannot work: sentences, empty when it can."""
+    bitnet = cfg.get("bitnet") or {}
+    found: list[str] = []
+    if cfg.get("adapter"):
+        found.append(
+            f"`adapter: {cfg['adapter']}` with `use_onebitllms`: an adapter trains low-rank dense deltas beside frozen "
+            "weights, and no delta can be merged into ternary codes. Remove `adapter` for full fine-tuning"
+        )
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if cfg.get(key):
+            found.append(
+                f"`{key}: true` with `use_onebitllms`: the latents must be floating point to be trained. Set it to false"
+            )
+    if cfg.get("qat"):
+        found.append("`qat` with `use_onebitllms`: both would quantize the same layers. Remove `qat`")
+    if cfg.get("fp8"):
+        found.append(
+            "`fp8: true` with `use_onebitllms`: fp8 would replace the layers that must become ternary, whose forward "
+            "runs on int8 anyway. Remove `fp8`"
+        )
+    if _above_one(cfg.get("tensor_parallel_size")):
+        found.append(
+            "`tensor_parallel_size` above 1 with `use_onebitllms`: a row's 8-bit scale and a matrix's ternary scale span "
+            "the shards. Use FSDP2 (`dp_shard_size`) instead"
+        )
+    if cfg.get("flash_attn_fuse_mlp"):
+        found.append(
+            "`flash_attn_fuse_mlp: true` with `use_onebitllms`: the fused MLP reads weights past their layers and would "
+            "compute them dense. Remove it"
+        )
+    found += _sharding_refusals(cfg)
+    found += _preference_refusals(cfg)
+    scope = bitnet.get("learning_rate_scope") if isinstance(bitnet, Mapping) else bitnet.learning_rate_scope
+    if scope == "ternary":
+        found += _scope_refusals(cfg)
+    return found
+
+
+def _sharding_refusals(cfg: Mapping[str, Any]) -> list[str]:
+    found = []
+    if (cfg.get("fsdp_config") or cfg.get("fsdp")) and str(cfg.get("fsdp_version") or _inner_version(cfg)) != "2":
+        found.append(
+            "FSDP1 with `use_onebitllms`: it flattens the weights, and their fingerprint cannot be taken yet. "
+            "Set `fsdp_version: 2`"
+        )
+    if _deepspeed_stage(cfg.get("deepspeed")) == 3:
+        found.append(
+            "DeepSpeed ZeRO-3 with `use_onebitllms`: the fingerprint of its partitioned weights cannot be taken yet. "
+            "Use `fsdp_version: 2` with `fsdp_config`, or ZeRO-1/2"
+        )
+    return found
+
+
+def _preference_refusals(cfg: Mapping[str, Any]) -> list[str]:
+    method = cfg.get("rl")
+    method = getattr(method, "value", method)
+    if method in (None, "dpo", "ipo", "orpo", "simpo"):
+        return []
+    return [
+        f"`rl: {method}` with `use_onebitllms`: its reference model or its rollouts would be the dense latents, a "
+        "different model from the one being trained. Use dpo, ipo, orpo or simpo"
+    ]
+
+
+def _scope_refusals(cfg: Mapping[str, Any]) -> list[str]:
+    scope = "`bitnet.learning_rate_scope: ternary`"
+    optimizer = str(getattr(cfg.get("optimizer"), "value", cfg.get("optimizer")) or "")
+    scheduler = str(getattr(cfg.get("lr_scheduler"), "value", cfg.get("lr_scheduler")) or "")
+    found = []
+    if any(name in optimizer for name in _OWN_GROUPS):
+        found.append(f"{scope} with `optimizer: {optimizer}`, which makes its own parameter groups. Use scope `all`")
+    if cfg.get("loraplus_lr_ratio"):
+        found.append(f"{scope} with `loraplus_lr_ratio`: Axolotl allows only one of the two. Remove the ratio")
+    if scheduler == "one_cycle":
+        found.append(f"{scope} with `lr_scheduler: one_cycle`, which gives all groups one rate. Use another scheduler")
+    return found
+
+
+def _inner_version(cfg: Mapping[str, Any]) -> Any:
+    inner = cfg.get("fsdp_config") or {}
+    return inner.get("fsdp_version") or inner.get("version") if isinstance(inner, Mapping) else None
+
+
+def _deepspeed_stage(deepspeed: Any) -> int | None:
+    """ZeRO stage of a DeepSpeed config given as a dict or a path; None when there is none or it cannot be read."""
+    if isinstance(deepspeed, str):
+        path = Path(deepspeed)
+        if not path.is_file():
+            return None
+        try:
+            deepspeed = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return None  # Axolotl reports it better
+    if not isinstance(deepspeed, Mapping):
+        return None
+    stage = (deepspeed.get("zero_optimization") or {}).get("stage")
+    return int(stage) if stage is not None else None
+
+
+def _above_one(value: Any) -> bool:
+    return isinstance(value, int) and value > 1

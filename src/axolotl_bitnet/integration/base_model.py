@@ -1,0 +1,47 @@
+"""The base model before its weights are loaded: what its config alone rules out, and where its files are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.loaders.utils import load_model_config
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+from ..convert import ConversionError, plan_conversion
+
+
+def check_base(cfg: Any, skip_modules: list[str]) -> None:
+    """Refuse a base that cannot be trained ternary, before its weights are read.
+
+    Raises:
+        ConversionError: it is quantized already, or one of its layers cannot be converted; the message names it.
+    """
+    config = load_model_config(cfg)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        entries = dict(quantization) if isinstance(quantization, Mapping) else quantization.to_dict()
+        online = entries.get("linear_class") == "autobitlinear" and entries.get("quantization_mode") == "online"
+        if entries.get("quant_method") != "bitnet" or not online:
+            raise ConversionError(
+                f"{cfg.base_model} is quantized already ({entries.get('quant_method')}): ternary training needs its latents. "
+                "Take the bf16 or 'prequantized' variant of the model"
+            )
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        with torch.device("meta"):
+            plan_conversion(AutoModelForCausalLM.from_config(config), skip_modules)
+
+
+def local_folder(cfg: Any) -> Path | None:
+    """The folder that holds the base's files: a path, or its snapshot in the hub's cache. Never downloads."""
+    path = Path(cfg.base_model)
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(cfg.base_model, revision=cfg.revision_of_model, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, ValueError):
+        return None

@@ -1,0 +1,100 @@
+"""A look at the base model before training: is it latent, already ternary, broken, or was it never ternary?
+
+A base whose matrices are dense ternary (``codes / s``: the Falcon3-10B "prequantized", any bf16 revert) would silently
+lose scale when quantized again, by the share of its non-zeros. Such a matrix is replaced by latents that quantize to
+exactly the codes and the scale it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .ternary import dequantize, latents_of, scale_of, ternarize
+
+NEVER_TERNARY = 0.4
+"""Mean relative change by quantization above which a base is taken for one that was never ternary (Gaussian: 0.51)."""
+
+
+@dataclass
+class Preflight:
+    """What the base's ternary-to-be matrices are.
+
+    Attributes:
+        rescaled: dense ternary matrices that were replaced by latents with the same codes and scale.
+        zero: matrices of zeros only.
+        broken: matrices that hold a NaN or an Inf.
+        change: mean over the matrices of ``|W - codes / s| / |W|`` (Frobenius norms), how far quantization moves them.
+    """
+
+    rescaled: list[str] = field(default_factory=list)
+    zero: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    change: float = 0.0
+
+    def warnings(self, trained_before: bool = True) -> list[str]:
+        """What the user should know before paying for the run, in plain words.
+
+        Args:
+            trained_before: False for a model of random weights, from which nothing is lost.
+        """
+        lines = []
+        if self.broken:
+            lines.append(f"the base holds NaN or Inf in {_some(self.broken)}: every output of these layers will be NaN")
+        if self.zero:
+            lines.append(f"the base is all zero in {_some(self.zero)}: these layers cannot learn a scale from zeros")
+        if trained_before and self.change > NEVER_TERNARY:
+            lines.append(
+                f"this base was probably never ternary: quantization changes its matrices by {self.change:.0%} on average. "
+                "Expect the loss to start far above the dense model's and a long training to bring it down"
+            )
+        return lines
+
+
+@torch.no_grad()
+def preflight(model: nn.Module, names: Iterable[str]) -> Preflight:
+    """Inspect, and where needed rescale in place, the weights of the named layers. Weights on meta are passed over.
+
+    Args:
+        model: the model, loaded, before any sharding.
+        names: its BitLinear layers.
+    """
+    result = Preflight()
+    changes = []
+    for name in names:
+        weight = model.get_submodule(name).get_parameter("weight")
+        if weight.is_meta or weight.numel() == 0:
+            continue
+        change = _inspect(name, weight.data, result)
+        if change is not None:
+            changes.append(change)
+    if changes:
+        result.change = float(torch.stack(changes).mean())
+    return result
+
+
+def _inspect(name: str, weight: Tensor, result: Preflight) -> Tensor | None:
+    magnitude = weight.abs().amax()
+    if not bool(torch.isfinite(magnitude)):
+        result.broken.append(name)
+        return None
+    if not bool(magnitude):
+        result.zero.append(name)
+        return None
+    codes, scale = ternarize(weight)
+    if bool(((weight == 0) | (weight.abs() == magnitude)).all()):
+        own = scale_of(magnitude.to(torch.float32))
+        if not torch.equal(own, scale):
+            weight.copy_(latents_of(torch.sign(weight).to(torch.int8), own))
+            result.rescaled.append(name)
+        return torch.zeros((), device="cpu")
+    error = (weight.to(torch.float32) - dequantize(codes, scale)).norm() / weight.to(torch.float32).norm()
+    return error.cpu()
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

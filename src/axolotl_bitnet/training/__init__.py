@@ -1,0 +1,1 @@
+"""What happens to latents between loading and saving. Imports nothing from checkpoint or integration."""

@@ -1,0 +1,42 @@
+# Every target sets itself up: all that a machine needs is GNU make and Python 3.11 (3.12 for test-latest).
+# The environments are cached outside the checkout; see scripts/environment.sh.
+
+# Further arguments for pytest: make test ARGS="-k ternary -x"
+ARGS ?=
+
+# No telemetry, no downloads; and whichever checkout a shared environment points to, import this one.
+export AXOLOTL_DO_NOT_TRACK = 1
+export DO_NOT_TRACK = 1
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+export PYTHONPATH = $(CURDIR)/src
+
+# $(call in,LANE) begins a recipe line that runs inside the lane's environment
+in = environment=$$(scripts/environment.sh $(1)) && PATH="$$environment/bin:$$PATH" && export PATH && set -x &&
+
+.PHONY: help test test-latest lint demo build clean distclean
+
+help: ## list the targets (the default)
+	@sed -n 's/^\([a-z-]*\):[a-z ]*## */\1	/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+test: ## run the tests on Python 3.11 with the oldest supported Axolotl
+	@$(call in,oldest) python -m pytest $(ARGS)
+
+test-latest: ## run the tests on Python 3.12 with the newest supported Axolotl
+	@$(call in,latest) python -m pytest $(ARGS)
+
+lint: ## ruff on everything, mypy on the package
+	@$(call in,oldest) ruff check . && mypy
+
+demo: ## train a tiny ternary model (SFT, DPO), pack it, ask it: minutes on a CPU
+	@scripts/demo.sh
+
+build: ## build the sdist and the wheel into dist/
+	@$(call in,any) python -m build --no-isolation
+
+clean: ## remove what builds and checks leave in the checkout
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## also remove the cached environments, of every checkout
+	rm -rf "$${AXOLOTL_BITNET_CACHE:-$$HOME/.cache/axolotl-bitnet}"

@@ -35,18 +35,18 @@ class Preflight:
     broken: list[str] = field(default_factory=list)
     change: float = 0.0
 
-    def warnings(self, trained_before: bool = True) -> list[str]:
+    def warnings(self, maybe_dense: bool = True) -> list[str]:
         """What the user should know before paying for the run, in plain words.
 
         Args:
-            trained_before: False for a model of random weights, from which nothing is lost.
+            maybe_dense: whether the base can be a dense model: not if it says it was trained ternary, or is random.
         """
         lines = []
         if self.broken:
             lines.append(f"the base holds NaN or Inf in {_some(self.broken)}: every output of these layers will be NaN")
         if self.zero:
             lines.append(f"the base is all zero in {_some(self.zero)}: these layers cannot learn a scale from zeros")
-        if trained_before and self.change > NEVER_TERNARY:
+        if maybe_dense and self.change > NEVER_TERNARY:
             lines.append(
                 f"this base was probably never ternary: quantization changes its matrices by {self.change:.0%} on average. "
                 "Expect the loss to start far above the dense model's and a long training to bring it down"

@@ -68,9 +68,20 @@ class BitNetArgs(BaseModel):
                     "Add `use_onebitllms: true`, or remove the block"
                 )
             return data
-        for problem in refusals(data):
-            raise ValueError(problem)
+        if problems := refusals(data):
+            raise ValueError("; ".join(problems))
         return data
+
+    @model_validator(mode="after")
+    def refuse_fsdp1(self) -> BitNetArgs:
+        """After Axolotl's own validators, which know what a missing version means (1 in 0.19, 2 in 0.21)."""
+        sharded = getattr(self, "fsdp_config", None) or getattr(self, "fsdp", None)
+        if self.use_onebitllms and sharded and str(getattr(self, "fsdp_version", None)) != "2":
+            raise ValueError(
+                "FSDP1 with `use_onebitllms`: it flattens the weights, and their fingerprint cannot be taken yet. "
+                "Set `fsdp_version: 2`"
+            )
+        return self
 
 
 # Optimizers that build parameter groups of their own, past Axolotl's lr_groups.
@@ -108,26 +119,15 @@ def refusals(cfg: Mapping[str, Any]) -> list[str]:
             "`flash_attn_fuse_mlp: true` with `use_onebitllms`: the fused MLP reads weights past their layers and would "
             "compute them dense. Remove it"
         )
-    found += _sharding_refusals(cfg)
-    found += _preference_refusals(cfg)
-    scope = bitnet.get("learning_rate_scope") if isinstance(bitnet, Mapping) else bitnet.learning_rate_scope
-    if scope == "ternary":
-        found += _scope_refusals(cfg)
-    return found
-
-
-def _sharding_refusals(cfg: Mapping[str, Any]) -> list[str]:
-    found = []
-    if (cfg.get("fsdp_config") or cfg.get("fsdp")) and str(cfg.get("fsdp_version") or _inner_version(cfg)) != "2":
-        found.append(
-            "FSDP1 with `use_onebitllms`: it flattens the weights, and their fingerprint cannot be taken yet. "
-            "Set `fsdp_version: 2`"
-        )
     if _deepspeed_stage(cfg.get("deepspeed")) == 3:
         found.append(
             "DeepSpeed ZeRO-3 with `use_onebitllms`: the fingerprint of its partitioned weights cannot be taken yet. "
             "Use `fsdp_version: 2` with `fsdp_config`, or ZeRO-1/2"
         )
+    found += _preference_refusals(cfg)
+    scope = bitnet.get("learning_rate_scope") if isinstance(bitnet, Mapping) else bitnet.learning_rate_scope
+    if scope == "ternary":
+        found += _scope_refusals(cfg)
     return found
 
 
@@ -154,11 +154,6 @@ def _scope_refusals(cfg: Mapping[str, Any]) -> list[str]:
     if scheduler == "one_cycle":
         found.append(f"{scope} with `lr_scheduler: one_cycle`, which gives all groups one rate. Use another scheduler")
     return found
-
-
-def _inner_version(cfg: Mapping[str, Any]) -> Any:
-    inner = cfg.get("fsdp_config") or {}
-    return inner.get("fsdp_version") or inner.get("version") if isinstance(inner, Mapping) else None
 
 
 def _deepspeed_stage(deepspeed: Any) -> int | None:

@@ -17,7 +17,7 @@ from axolotl.integrations.base import BasePlugin
 from ..bitlinear import BitLinear
 from ..checkpoint.artifacts import PACKED, finish_run, set_aside, weight_bytes
 from ..checkpoint.stream import CheckpointError, CheckpointReader
-from ..convert import convert_to_bitlinear
+from ..convert import CONFIG_KEY, convert_to_bitlinear
 from ..fingerprint import Fingerprint, fingerprint_model
 from ..preflight import preflight
 from ..training.latents import match_reference, restore_low_bits, ternary_name_patterns, upcast_trainable
@@ -55,14 +55,16 @@ class BitNetPlugin(BasePlugin):
             return
         cfg.bitnet_hidden = None
         cfg.use_onebitllms = True
+        was_dense = not cfg.reinit_weights and not hasattr(model.config, CONFIG_KEY)
         names = convert_to_bitlinear(model, _options(cfg).skip_modules)
-        if _holds_weights(cfg):
-            found = preflight(model, names)
-            _info("%d linear layers are ternary; the output head stays dense", len(names))
-            if found.rescaled:
-                _info("the base was dense ternary: %d matrices re-scaled to keep their codes and scales", len(found.rescaled))
-            for warning in found.warnings(trained_before=not cfg.reinit_weights):
-                _warn(warning)
+        found = preflight(model, names) if _holds_weights(cfg) else None
+        if found is None or cfg.bitnet_rate_applied:  # a reference model: the same base, already spoken of
+            return
+        _info("%d linear layers are ternary; the output head stays dense", len(names))
+        if found.rescaled:
+            _info("the base was dense ternary: %d matrices re-scaled to keep their codes and scales", len(found.rescaled))
+        for warning in found.warnings(was_dense):
+            _warn(warning)
 
     def post_model_load(self, cfg: Any, model: torch.nn.Module) -> None:
         if not cfg.use_onebitllms or cfg.bitnet_rate_applied or cfg.learning_rate is None:

@@ -2,10 +2,11 @@
 
     python benchmarks/packed_vs_trained.py outputs/falcon-e-3b-sft [--prompts FILE] [--tokens 32]
 
-The packed folder is loaded with plain ``AutoModelForCausalLM.from_pretrained`` in a process of its own, which does not
-import axolotl_bitnet. The trained model is built from the latents, with its non-ternary tensors rounded to bfloat16.
-In float32 the logits must be equal bit for bit (exit status 1 if not); in bfloat16, where transformers rounds the scales of the
-activations, the relative error and the share of equal greedy tokens are reported.
+The packed folder is loaded with plain ``AutoModelForCausalLM.from_pretrained`` in a process of its own, which
+does not import axolotl_bitnet. The trained model is built from the latents, with its non-ternary tensors
+rounded to bfloat16. In float32 the logits must be equal bit for bit (exit status 1 if not); in bfloat16,
+where transformers rounds the scales of the activations, the relative error and the share of equal greedy
+tokens are reported.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # transformers compiles its unpacking; the same numbers without
+os.environ.setdefault(
+    "TORCH_COMPILE_DISABLE", "1"
+)  # transformers compiles its unpacking; the same numbers without
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -62,7 +65,9 @@ def load_trained(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="a run's output_dir: latents, and packed/ below")
     parser.add_argument("--prompts", type=Path, help="text file, a prompt a line")
     parser.add_argument("--tokens", type=int, default=32, help="length of the greedy continuations")

@@ -1,7 +1,8 @@
-"""Full fine-tuning of ternary (1.58-bit, BitNet) language models, and the proof that what ships is what trained.
+"""Full fine-tuning of ternary (1.58-bit, BitNet) language models, and the proof that what ships is what
+trained.
 
-The public names are imported when first used, so that ``import axolotl_bitnet`` costs next to nothing and needs neither
-axolotl nor triton nor a GPU.
+The public names are imported when first used, so that ``import axolotl_bitnet`` costs next to nothing and
+needs neither axolotl nor triton nor a GPU.
 """
 
 from __future__ import annotations

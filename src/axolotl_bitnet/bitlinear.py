@@ -1,14 +1,17 @@
 """BitLinear: an nn.Linear whose forward is ternary and whose backward goes straight through.
 
-The layer keeps the *latent* weight, the same Parameter object that nn.Linear had, and quantizes it on the way. It adds
-no buffer and no state, so wrappers (FSDP2, DDP, checkpointing, torch.compile) and checkpoints see a plain linear.
+The layer keeps the *latent* weight, the same Parameter object that nn.Linear had, and quantizes it on the
+way. It adds no buffer and no state, so wrappers (FSDP2, DDP, checkpointing, torch.compile) and checkpoints
+see a plain linear.
 
-With ``y = (codes_x . codes_w^T) / (r s)`` the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432) gives::
+With ``y = (codes_x . codes_w^T) / (r s)`` the straight-through estimator (Bengio et al. 2013,
+arXiv:1308.3432) gives::
 
     dX = dY . (codes_w / s)        dW = dY^T . (codes_x / r)        dB = sum dY
 
-No gradient flows through the scales and nothing is masked. Backward needs the codes of x, its scales and the weight
-Parameter itself; a copy of the weight would pin every unsharded matrix under FSDP, so the codes are made again.
+No gradient flows through the scales and nothing is masked. Backward needs the codes of x, its scales and the
+weight Parameter itself; a copy of the weight would pin every unsharded matrix under FSDP, so the codes are
+made again.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from .ternary import dequantize
 class BitLinear(nn.Linear):
     """Linear layer with ternary weights and 8-bit activations, for training and for inference.
 
-    Shapes are nn.Linear's: x (..., in_features) gives (..., out_features) in x's dtype, or in the autocast dtype
-    under autocast. ``weight`` holds the latents (out_features, in_features), float32 or bfloat16.
+    Shapes are nn.Linear's: x (..., in_features) gives (..., out_features) in x's dtype, or in the autocast
+    dtype under autocast. ``weight`` holds the latents (out_features, in_features), float32 or bfloat16.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -86,18 +89,18 @@ class _BitLinear(torch.autograd.Function):
 
 
 def _input_gradient(dy: Tensor, codes_w: Tensor, s: Tensor) -> Tensor:
-    """``dY . (codes_w / s)``. Codes are exact in bf16 where ``1 / s`` is not, so the scale is applied afterwards."""
+    """``dY . (codes_w / s)``. Codes are exact in bf16 where ``1 / s`` is not, so the scale is applied
+    afterwards."""
     if dy.dtype == torch.float16:  # unscaled sums overflow there; 1 / s loses little in 11 bits
         return dy @ dequantize(codes_w, s, dy.dtype)
     return dequantize(dy @ codes_w.to(dy.dtype), s, dy.dtype)
 
 
 class _Slot(threading.local):
-    """The last quantized activation of this thread, held weakly: what q, k and v or gate and up read in turn."""
+    """The last quantized activation of this thread, held weakly: what q, k and v or gate and up read in
+    turn."""
 
-    source: TensorWeakRef | None = None
-    codes: TensorWeakRef | None = None
-    scale: TensorWeakRef | None = None
+    held: tuple[TensorWeakRef, TensorWeakRef, TensorWeakRef] | None = None  # x, its codes, its scales
     key: tuple[int, torch.dtype] | None = None
 
 
@@ -107,18 +110,17 @@ _slot = _Slot()
 def _shared_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes and scales of ``x.to(dtype)``, made once for layers that read the same tensor one after another.
 
-    A write through ``x.data`` between two readers goes unseen. Off in inference mode (no versions there) and under
-    torch.compile (which finds common subexpressions itself).
+    A write through ``x.data`` between two readers goes unseen. Off in inference mode (no versions there) and
+    under torch.compile (which finds common subexpressions itself).
     """
     if torch.compiler.is_compiling() or x.is_inference():
         return ops.quantize_activations(x.detach().to(dtype))
     key = (x._version, dtype)
-    if _slot.source is not None and _slot.codes is not None and _slot.scale is not None:
-        if _slot.key == key and _slot.source() is x:
-            codes, scale = _slot.codes(), _slot.scale()
-            if codes is not None and scale is not None:
-                return codes, scale
+    if _slot.held is not None and _slot.key == key:
+        source, codes, scale = (reference() for reference in _slot.held)
+        if source is x and codes is not None and scale is not None:
+            return codes, scale
     codes, scale = ops.quantize_activations(x.detach().to(dtype))
-    _slot.source, _slot.codes, _slot.scale = TensorWeakRef(x), TensorWeakRef(codes), TensorWeakRef(scale)
+    _slot.held = (TensorWeakRef(x), TensorWeakRef(codes), TensorWeakRef(scale))
     _slot.key = key
     return codes, scale

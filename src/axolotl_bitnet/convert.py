@@ -1,9 +1,9 @@
 """Which nn.Linear become BitLinear, and the swap.
 
-Every nn.Linear of the language model becomes ternary, except the output head, what the user names, vision and audio
-towers, and MoE routers. The swap changes a module's class in place: the Parameter object, its device (meta too), its
-hooks and its sharding stay. The names are written to the model's config, and that list is the only one that packing
-and verification use.
+Every nn.Linear of the language model becomes ternary, except the output head, what the user names, vision and
+audio towers, and MoE routers. The swap changes a module's class in place: the Parameter object, its device
+(meta too), its hooks and its sharding stay. The names are written to the model's config, and that list is the
+only one that packing and verification use.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def convert_to_bitlinear(model: nn.Module, skip_modules: Iterable[str] = ()) -> 
     """Make a model ternary, in place.
 
     Args:
-        model: any model; one of transformers also gets the list of names into its config.
-        skip_modules: linear layers to leave dense, beside the output head: a full name (``model.layers.0.mlp.up_proj``),
+        model: any model; one of transformers also gets the list of names into its config. skip_modules:
+            linear layers to leave dense, beside the output head: a full name
+            (``model.layers.0.mlp.up_proj``),
             the end of one (``down_proj``), a parent (``model.layers.0``) or a glob (``*.layers.0.*``).
 
     Returns:
@@ -61,7 +62,9 @@ def convert_to_bitlinear(model: nn.Module, skip_modules: Iterable[str] = ()) -> 
         _swap(model.get_submodule(name))
     config = getattr(model, "config", None)
     if config is not None:
-        setattr(config, CONFIG_KEY, {"definition": DEFINITION, "converted": plan.converted, "dense": plan.dense})
+        setattr(
+            config, CONFIG_KEY, {"definition": DEFINITION, "converted": plan.converted, "dense": plan.dense}
+        )
     return plan.converted
 
 
@@ -92,9 +95,13 @@ def plan_conversion(model: nn.Module, skip_modules: Iterable[str] = ()) -> Plan:
             plan.converted.append(name)
 
     if unused:
-        problems.append(f"skip_modules matches no linear layer: {sorted(unused)}. Print the names with model.named_modules()")
+        problems.append(
+            f"skip_modules matches no linear layer: {sorted(unused)}. model.named_modules() lists the names"
+        )
     if not plan.converted and not problems:
-        problems.append(f"{type(model).__name__} has no nn.Linear to convert (only {len(plan.dense)} that stay dense)")
+        problems.append(
+            f"{type(model).__name__} has no nn.Linear to convert (only {len(plan.dense)} that stay dense)"
+        )
     if problems:
         shown = "\n  ".join(problems[:8])
         more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -116,16 +123,18 @@ def _unfit(name: str, module: nn.Module) -> str | None:
     kind = type(module)
     if kind is not nn.Linear and kind is not BitLinear and not _is_auto_bitlinear(module):
         if kind.__name__ == "BitLinear":
-            return f"{name} is already packed to 2 bits: training needs latents; start from a bf16 or 'prequantized' base"
-        return f"{name} is a {kind.__module__}.{kind.__name__}, not a plain nn.Linear: add it to skip_modules to leave it so"
+            return f"{name} is packed to 2 bits: training needs latents; take the bf16 or 'prequantized' base"
+        kind_name = f"{kind.__module__}.{kind.__name__}"
+        return f"{name} is a {kind_name}, not a plain nn.Linear: add it to skip_modules to leave it so"
     if _is_auto_bitlinear(module):
         if getattr(module, "rms_norm", None) is not None:
             return f"{name} normalizes inside the layer (use_rms_norm), which the packed format cannot say"
         if not module.online_quant:
-            return f"{name} holds offline-quantized weights (codes beside a weight_scale): start from the bf16 latents"
-    if module.out_features % ROWS_PER_BYTE:
+            return f"{name} holds codes beside a weight_scale: start from the bf16 latents"
+    out_features = int(module.out_features)  # type: ignore[arg-type]
+    if out_features % ROWS_PER_BYTE:
         return (
-            f"{name} has out_features = {module.out_features}, not a multiple of {ROWS_PER_BYTE}, "
+            f"{name} has out_features = {out_features}, not a multiple of {ROWS_PER_BYTE}, "
             "and could not be packed: add it to skip_modules"
         )
     return None
@@ -138,12 +147,14 @@ def _bypass(name: str, module: nn.Module) -> str | None:
         fused = [key for key, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
         if fused:
             return (
-                f"{name} ({kind}) fuses its experts into 3-D tensors ({', '.join(fused)}), which no nn.Linear computes: "
+                f"{name} ({kind}) fuses its experts into 3-D tensors ({', '.join(fused)}), past nn.Linear: "
                 f"add '{name}' to skip_modules to leave the experts dense"
             )
-    if isinstance(getattr(module, "conv1d", None), nn.Module) and isinstance(getattr(module, "out_proj", None), nn.Linear):
+    if isinstance(getattr(module, "conv1d", None), nn.Module) and isinstance(
+        getattr(module, "out_proj", None), nn.Linear
+    ):
         return (
-            f"{name} ({kind}) is a state-space mixer whose fused kernel reads out_proj.weight past the layer: "
+            f"{name} ({kind}) is a state-space mixer whose fused kernel reads out_proj.weight by itself: "
             f"add '{name}' to skip_modules to leave the mixer dense"
         )
     return None
@@ -169,8 +180,13 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _forget_quantizer(model: nn.Module) -> None:
-    """Microsoft's bf16 BitNet loads as a quantized model; with BitLinear it is a plain one, saved and trained as such."""
-    for owner, attribute in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
+    """Microsoft's bf16 BitNet loads as a quantized model; with BitLinear it is a plain one, saved and trained
+    as such."""
+    for owner, attribute in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
         if hasattr(owner, attribute):
             delattr(owner, attribute)
     model.is_quantized = False  # type: ignore[assignment]
@@ -178,7 +194,8 @@ def _forget_quantizer(model: nn.Module) -> None:
 
 def _swap(module: nn.Module) -> None:
     if _is_auto_bitlinear(module):
-        # Transformers' online layer: what it has beyond nn.Linear must go, or it would be saved and loaded again.
+        # Transformers' online layer: what it has beyond nn.Linear must go, or it would be saved and loaded
+        # again.
         module._load_state_dict_pre_hooks.clear()
         for leftover in ("online_quant", "rms_norm"):
             if hasattr(module, leftover):

@@ -1,9 +1,9 @@
 """A fingerprint of what trained: digests of the ternary codes and the scales, a tensor each.
 
-The digest of a matrix is a sum over its elements, modulo 2^64, of the code times an odd weight made from its row times
-an odd weight made from its column. A sum may be taken in any order and over any blocks of rows, so the digest is the
-same however a model is sharded; and as an odd number times 1 or 2 is never 0 modulo 2^64, one changed code always
-changes it. It guards against accidents, not against an adversary.
+The digest of a matrix is a sum over its elements, modulo 2^64, of the code times an odd weight made from its
+row times an odd weight made from its column. A sum may be taken in any order and over any blocks of rows, so
+the digest is the same however a model is sharded; and as an odd number times 1 or 2 is never 0 modulo 2^64,
+one changed code always changes it. It guards against accidents, not against an adversary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", 
 
 @dataclass(frozen=True)
 class TensorFingerprint:
-    """Shape (rows, columns), digest of the codes (16 hex digits), scale ``s`` and number of zero codes of a matrix."""
+    """Shape (rows, columns), digest of the codes (16 hex digits), scale ``s`` and number of zero codes of a
+    matrix."""
 
     shape: tuple[int, int]
     codes: str
@@ -54,17 +55,22 @@ class Fingerprint:
         """Read :meth:`to_json`'s output.
 
         Raises:
-            ValueError: it was edited (the digest does not fit), or made under another version of the definition.
+            ValueError: it was edited (the digest does not fit), or made under another version of the
+            definition.
         """
         if data["definition"] != DEFINITION:
-            raise ValueError(f"the fingerprint is of definition {data['definition']}, this package has {DEFINITION}")
+            raise ValueError(
+                f"the fingerprint is of definition {data['definition']}, this package has {DEFINITION}"
+            )
         tensors = {
             name: TensorFingerprint(tuple(entry["shape"]), entry["codes"], entry["scale"], entry["zeros"])
             for name, entry in data["tensors"].items()
         }
         result = cls(tensors, data["definition"])
         if result.digest != data["digest"]:
-            raise ValueError("the fingerprint's digest does not fit its entries: the file was edited or damaged")
+            raise ValueError(
+                "the fingerprint's digest does not fit its entries: the file was edited or damaged"
+            )
         return result
 
     def _payload(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The definition as operations that torch.compile takes whole.
 
-A compiler fuses what it can see into, and drops the roundings to bfloat16 in between: the codes would no longer be the
-definition's. So under torch.compile the steps are opaque custom operations (``torch.ops.axolotl_bitnet.*``), and there
-is no graph break; in eager mode they are plain calls, without the cost of the dispatcher.
+A compiler fuses what it can see into, and drops the roundings to bfloat16 in between: the codes would no
+longer be the definition's. So under torch.compile the steps are opaque custom operations
+(``torch.ops.axolotl_bitnet.*``), and there is no graph break; in eager mode they are plain calls, without the
+cost of the dispatcher.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A look at the base model before training: is it latent, already ternary, broken, or was it never ternary?
 
-A base whose matrices are dense ternary (``codes / s``: the Falcon3-10B "prequantized", any bf16 revert) would silently
-lose scale when quantized again, by the share of its non-zeros. Such a matrix is replaced by latents that quantize to
-exactly the codes and the scale it has.
+A base whose matrices are dense ternary (``codes / s``: the Falcon3-10B "prequantized", any bf16 revert) would
+silently lose scale when quantized again, by the share of its non-zeros. Such a matrix is replaced by latents
+that quantize to exactly the codes and the scale it has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .ternary import dequantize, latents_of, scale_of, ternarize
 
 NEVER_TERNARY = 0.4
-"""Mean relative change by quantization above which a base is taken for one that was never ternary (Gaussian: 0.51)."""
+"""Mean relative change by quantization above which a base is taken for one that was never ternary (Gaussian:
+0.51)."""
 
 
 @dataclass
@@ -24,10 +25,9 @@ class Preflight:
     """What the base's ternary-to-be matrices are.
 
     Attributes:
-        rescaled: dense ternary matrices that were replaced by latents with the same codes and scale.
-        zero: matrices of zeros only.
-        broken: matrices that hold a NaN or an Inf.
-        change: mean over the matrices of ``|W - codes / s| / |W|`` (Frobenius norms), how far quantization moves them.
+        rescaled: dense ternary matrices that were replaced by latents with the same codes and scale. zero:
+            matrices of zeros only. broken: matrices that hold a NaN or an Inf. change: mean over the matrices
+            of ``|W - codes / s| / |W|`` (Frobenius norms), how far quantization moves them.
     """
 
     rescaled: list[str] = field(default_factory=list)
@@ -39,24 +39,30 @@ class Preflight:
         """What the user should know before paying for the run, in plain words.
 
         Args:
-            maybe_dense: whether the base can be a dense model: not if it says it was trained ternary, or is random.
+            maybe_dense: whether the base can be a dense model: not if it says it was trained ternary, or is
+                random.
         """
         lines = []
         if self.broken:
-            lines.append(f"the base holds NaN or Inf in {_some(self.broken)}: every output of these layers will be NaN")
+            lines.append(
+                f"the base holds NaN or Inf in {_some(self.broken)}: every output of these layers will be NaN"
+            )
         if self.zero:
-            lines.append(f"the base is all zero in {_some(self.zero)}: these layers cannot learn a scale from zeros")
+            lines.append(
+                f"the base is all zero in {_some(self.zero)}: these layers cannot learn a scale from zeros"
+            )
         if maybe_dense and self.change > NEVER_TERNARY:
             lines.append(
-                f"this base was probably never ternary: quantization changes its matrices by {self.change:.0%} on average. "
-                "Expect the loss to start far above the dense model's and a long training to bring it down"
+                f"this base may never have been ternary: quantization changes its matrices by {self.change:.0%} "
+                "on average. Expect the loss to start far above the dense model's, and to need a long training"
             )
         return lines
 
 
 @torch.no_grad()
 def preflight(model: nn.Module, names: Iterable[str]) -> Preflight:
-    """Inspect, and where needed rescale in place, the weights of the named layers. Weights on meta are passed over.
+    """Inspect, and where needed rescale in place, the weights of the named layers. Weights on meta are passed
+    over.
 
     Args:
         model: the model, loaded, before any sharding.

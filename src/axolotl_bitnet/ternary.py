@@ -1,9 +1,10 @@
 """The definition: 1.58-bit weights and 8-bit activations, in plain torch.
 
-This file is what every other part of the package is held against: the CPU path, the kernels, the packer and the
-verifier all compute *these* bits. Each step is one IEEE operation in float32 (float64 for the sum), rounding half to
-even, so that a CPU, a GPU, any sharding of the matrix and any order of reduction agree exactly. Please do not
-"simplify" an expression here: ``127 * (1 / a)`` and ``127 / a`` differ in one code of some 5,000.
+This file is what every other part of the package is held against: the CPU path, the kernels, the packer and
+the verifier all compute *these* bits. Each step is one IEEE operation in float32 (float64 for the sum),
+rounding half to even, so that a CPU, a GPU, any sharding of the matrix and any order of reduction agree
+exactly. Please do not "simplify" an expression here: ``127 * (1 / a)`` and ``127 / a`` differ in one code of
+some 5,000.
 
 Weights (absmean, Ma et al. 2024, arXiv:2402.17764), one scale a tensor, on the latent rounded to bfloat16::
 
@@ -63,7 +64,7 @@ def scale_of(g: Tensor) -> Tensor:
 
 
 def codes_of(weight: Tensor, g: Tensor) -> Tensor:
-    """Ternary codes of a matrix, or of any block of it, under the absmean ``g`` of the whole. int8 in {-1, 0, 1}."""
+    """int8 codes in {-1, 0, 1} of a matrix, or of any block of it, under the absmean ``g`` of the whole."""
     scaled = weight.to(torch.bfloat16).to(torch.float32) * g.reciprocal()
     # int8 cannot say NaN: the scale, which is NaN as well, says it for the whole matrix.
     return torch.nan_to_num(scaled, nan=0.0).round_().clamp_(-1, 1).to(torch.int8)
@@ -73,12 +74,12 @@ def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize a latent weight matrix.
 
     Args:
-        weight: (..., any shape), floating point. It is rounded to bfloat16 first, so float32 and bfloat16 latents
-            give the same result.
+        weight: (..., any shape), floating point. It is rounded to bfloat16 first, so float32 and bfloat16
+            latents give the same result.
 
     Returns:
-        ``(codes, s)``: int8 codes of the weight's shape and the bfloat16 scale, shape (1,). The weight that the
-        forward uses is ``codes / s``.
+        ``(codes, s)``: int8 codes of the weight's shape and the bfloat16 scale, shape (1,). The weight that
+        the forward uses is ``codes / s``.
     """
     g = absmean(abs_sum(weight), weight.numel())
     return codes_of(weight, g), scale_of(g)
@@ -91,8 +92,8 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
         x: (..., features), any rank >= 1, any strides, floating point.
 
     Returns:
-        ``(codes, r)``: int8 codes of x's shape and float32 scales, shape (..., 1). ``codes / r`` approximates x.
-        A row that holds a NaN or an Inf has codes 0 and scale NaN, so whatever is computed from it is NaN.
+        ``(codes, r)``: int8 codes of x's shape and float32 scales, shape (..., 1). ``codes / r`` approximates
+        x. A row that holds a NaN or an Inf has codes 0 and scale NaN, so whatever is computed from it is NaN.
     """
     x = x.to(torch.float32)
     a = x.abs().amax(dim=-1, keepdim=True)
@@ -121,7 +122,7 @@ def matmul_codes(codes_x: Tensor, codes_w: Tensor) -> Tensor:
 
 
 def _int8_matmul_cuda(codes_x: Tensor, codes_w: Tensor) -> Tensor:
-    """int8 tensor cores through torch; rows are padded because the library call wants more than 16 of them."""
+    """int8 tensor cores through torch; rows are padded because it wants more than 16 of them."""
     rows = codes_x.reshape(-1, codes_x.shape[-1])
     count = rows.shape[0]
     if count < 32:
@@ -142,15 +143,16 @@ def dequantize_output(product: Tensor, r: Tensor, s: Tensor) -> Tensor:
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``codes / scale`` in float32, then ``dtype``: the dense tensor that codes stand for, or a scaled product."""
+    """``codes / scale`` in float32, then ``dtype``: what codes stand for, or a product of codes, scaled."""
     return (codes.to(torch.float32) / scale.to(torch.float32)).to(dtype)
 
 
 def latents_of(codes: Tensor, s: Tensor) -> Tensor:
     """Latents that :func:`ternarize` turns back into exactly ``codes`` and ``s``.
 
-    Needed wherever a model is already ternary: quantizing ``codes / s`` again would shrink the scale to its non-zero
-    fraction. Two adjacent bfloat16 magnitudes are used, because a single one misses ``s`` in some 8 % of the cases.
+    Needed wherever a model is already ternary: quantizing ``codes / s`` again would shrink the scale to its
+    non-zero fraction. Two adjacent bfloat16 magnitudes are used, because a single one misses ``s`` in some 8
+    % of the cases.
 
     Args:
         codes: int8 (rows, columns) in {-1, 0, 1}, at least one of them not zero.
@@ -160,7 +162,8 @@ def latents_of(codes: Tensor, s: Tensor) -> Tensor:
         bfloat16 (rows, columns).
 
     Raises:
-        ValueError: all codes are zero, or no absmean rounds to this scale (it was not made by this definition).
+        ValueError: all codes are zero, or no absmean rounds to this scale (it was not made by this
+        definition).
     """
     target = s.to(torch.float32).reciprocal().to(torch.bfloat16)
     nonzero = int(codes.count_nonzero())

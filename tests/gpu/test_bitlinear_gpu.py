@@ -29,7 +29,9 @@ SHAPES = [
 
 @pytest.mark.parametrize("rows, columns, out", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_codes_scales_and_products_are_the_cpu_ones(rows: int, columns: int, out: int, dtype: torch.dtype) -> None:
+def test_codes_scales_and_products_are_the_cpu_ones(
+    rows: int, columns: int, out: int, dtype: torch.dtype
+) -> None:
     weight = (torch.randn(out, columns) * 0.03).to(dtype)
     x = torch.randn(rows, columns).to(dtype)
     codes_w, s = ternarize(weight)

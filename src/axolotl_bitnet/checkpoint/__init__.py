@@ -1,1 +1,2 @@
-"""Checkpoint formats, one a file: write it, and read its codes back. Imports nothing from training or integration."""
+"""Checkpoint formats, one a file: write it, and read its codes back. Imports nothing from training or
+integration."""

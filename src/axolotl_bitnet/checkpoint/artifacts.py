@@ -1,4 +1,5 @@
-"""The end of a run: pack what was saved, prove that it is what trained, and write it all down in ``bitnet.json``."""
+"""The end of a run: pack what was saved, prove that it is what trained, and write it all down in
+``bitnet.json``."""
 
 from __future__ import annotations
 
@@ -20,14 +21,17 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.ind
 
 
 def set_aside(output_dir: str | Path) -> list[str]:
-    """Move a previous run's weights and artifacts out of the way, so that they can never be taken for this run's.
+    """Move a previous run's weights and artifacts out of the way, so that they can never be taken for this
+    run's.
 
     They go to ``output_dir/_previous`` and are deleted by :func:`finish_run` when this run's are in place.
     """
     folder = Path(output_dir)
     if not folder.is_dir():
         return []
-    stale = [path for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name) or path.name in (PACKED, RUN_FILE)]
+    stale = [
+        path for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name) or path.name in (PACKED, RUN_FILE)
+    ]
     if stale:
         aside = folder / _ASIDE
         shutil.rmtree(aside, ignore_errors=True)
@@ -37,7 +41,9 @@ def set_aside(output_dir: str | Path) -> list[str]:
     return sorted(path.name for path in stale)
 
 
-def finish_run(output_dir: str | Path, trained: Fingerprint, export: Iterable[str], verify: bool) -> VerificationReport:
+def finish_run(
+    output_dir: str | Path, trained: Fingerprint, export: Iterable[str], verify: bool
+) -> VerificationReport:
     """Make and verify a run's artifacts from the latents it saved.
 
     Args:
@@ -51,7 +57,11 @@ def finish_run(output_dir: str | Path, trained: Fingerprint, export: Iterable[st
         VerificationError: what was saved is not what trained; no artifact is left under its name.
     """
     folder = Path(output_dir)
-    record: dict[str, Any] = {"definition": trained.definition, "fingerprint": trained.to_json(), "artifacts": {}}
+    record: dict[str, Any] = {
+        "definition": trained.definition,
+        "fingerprint": trained.to_json(),
+        "artifacts": {},
+    }
     write_json(folder / RUN_FILE, record)
     latents = LatentCheckpoint(folder)
     record |= {"converted": latents.names.converted, "dense": latents.names.dense}
@@ -67,7 +77,10 @@ def finish_run(output_dir: str | Path, trained: Fingerprint, export: Iterable[st
     try:
         if PACKED in export:
             pack_checkpoint(
-                folder, folder / PACKED, overwrite=True, check=(lambda work: check(fingerprint_packed(work), PACKED)) if verify else None
+                folder,
+                folder / PACKED,
+                overwrite=True,
+                check=(lambda work: check(fingerprint_packed(work), PACKED)) if verify else None,
             )
             record["artifacts"].setdefault(PACKED, {"verified": None})
             record["artifacts"][PACKED] |= {"path": PACKED, "bytes": weight_bytes(folder / PACKED)}
@@ -82,5 +95,3 @@ def finish_run(output_dir: str | Path, trained: Fingerprint, export: Iterable[st
 def weight_bytes(folder: str | Path) -> int:
     """Size of a folder's safetensors files in bytes."""
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-
-

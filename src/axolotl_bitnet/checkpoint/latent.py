@@ -1,4 +1,5 @@
-"""Latent checkpoints: what training saves. Their names, their codes, and the files that travel with a model."""
+"""Latent checkpoints: what training saves. Their names, their codes, and the files that travel with a
+model."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class Names:
-    """Names of a checkpoint's linear layers, from its config: the ternary ones and those that stayed dense."""
+    """Names of a checkpoint's linear layers, from its config: the ternary ones and those that stayed
+    dense."""
 
     converted: list[str]
     dense: list[str]
@@ -42,13 +44,14 @@ def read_names(config: dict[str, Any], where: str | Path) -> Names:
     """The list that conversion wrote.
 
     Raises:
-        CheckpointError: the config has none, so the checkpoint was not trained with BitLinear layers of this package.
+        CheckpointError: the config has none, so the checkpoint was not trained with BitLinear layers of this
+        package.
     """
     entry = config.get(CONFIG_KEY)
     if not isinstance(entry, dict) or not entry.get("converted"):
         raise CheckpointError(
-            f"{where} does not say which layers are ternary (no '{CONFIG_KEY}' key): it was not trained with use_onebitllms "
-            "by axolotl-bitnet. Load it, call convert_to_bitlinear(model) and save it again"
+            f"{where} does not say which layers are ternary (no '{CONFIG_KEY}' key): it was not trained by "
+            "axolotl-bitnet. Load it, call convert_to_bitlinear(model) and save it again"
         )
     return Names(list(entry["converted"]), list(entry.get("dense", [])))
 
@@ -68,14 +71,20 @@ class LatentCheckpoint:
         for name in self.names.converted:
             entry = self.reader.entries.get(f"{name}.weight")
             if entry is None:
-                raise CheckpointError(f"{self.folder} has no '{name}.weight', which its config lists as ternary")
+                raise CheckpointError(
+                    f"{self.folder} has no '{name}.weight', which its config lists as ternary"
+                )
             if not entry.dtype.is_floating_point or len(entry.shape) != 2:
-                raise CheckpointError(f"{self.folder}: '{entry.name}' is {entry.dtype} {list(entry.shape)}, not latents")
+                raise CheckpointError(
+                    f"{self.folder}: '{entry.name}' is {entry.dtype} {list(entry.shape)}, not latents"
+                )
 
     def absmean(self, name: str) -> Tensor:
         """``g`` of a layer, summed over row blocks."""
         key = f"{name}.weight"
-        total = sum((abs_sum(block) for block in self.reader.row_blocks(key)), torch.zeros((), dtype=torch.float64))
+        total = sum(
+            (abs_sum(block) for block in self.reader.row_blocks(key)), torch.zeros((), dtype=torch.float64)
+        )
         rows, columns = self.reader.entries[key].shape
         return absmean(total, rows * columns)
 

@@ -1,24 +1,34 @@
 """Packed checkpoints: 2 bits a weight, as transformers' BitNet integration reads them.
 
-Byte ``[r, c]`` of the uint8 matrix (rows / 4, columns) holds the codes, plus one, of rows ``r``, ``r + rows/4``,
-``r + 2 rows/4`` and ``r + 3 rows/4`` at bits 0, 2, 4 and 6. Beside it lies ``weight_scale``: the ``s`` of the definition,
-bfloat16 (1,), by which the layer divides. All other tensors are stored in bfloat16.
+Byte ``[r, c]`` of the uint8 matrix (rows / 4, columns) holds the codes, plus one, of rows ``r``, ``r +
+rows/4``, ``r + 2 rows/4`` and ``r + 3 rows/4`` at bits 0, 2, 4 and 6. Beside it lies ``weight_scale``: the
+``s`` of the definition, bfloat16 (1,), by which the layer divides. All other tensors are stored in bfloat16.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..convert import CONFIG_KEY, ROWS_PER_BYTE
+from ..convert import ROWS_PER_BYTE
 from ..fingerprint import Fingerprint, fingerprint_codes
 from .latent import LatentCheckpoint, Names, copy_companions, read_names
-from .stream import SINGLE, CheckpointError, CheckpointReader, Entry, SafetensorsWriter, read_json, whole_folder, write_json
+from .stream import (
+    SINGLE,
+    CheckpointError,
+    CheckpointReader,
+    Entry,
+    SafetensorsWriter,
+    read_json,
+    whole_folder,
+    write_json,
+)
 
 
 def pack_codes(codes: Tensor) -> Tensor:
@@ -34,7 +44,8 @@ def pack_codes(codes: Tensor) -> Tensor:
 
 
 def unpack_codes(packed: Tensor) -> Tensor:
-    """uint8 (rows / 4, columns) to int8 codes (rows, columns). Bits 11 give the code 2, which no packer writes."""
+    """uint8 (rows / 4, columns) to int8 codes (rows, columns). Bits 11 give the code 2, which no packer
+    writes."""
     return torch.cat([(packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)])
 
 
@@ -46,8 +57,8 @@ def pack_checkpoint(
 ) -> Path:
     """Pack a latent checkpoint to 2 bits a weight.
 
-    Works tensor by tensor: memory stays below twice the largest tensor. The folder appears when it is complete, or not
-    at all.
+    Works tensor by tensor: memory stays below twice the largest tensor. The folder appears when it is
+    complete, or not at all.
 
     Args:
         src: folder of latents, as training saves it: config.json, safetensors (single or sharded), tokenizer.
@@ -68,7 +79,9 @@ def pack_checkpoint(
         if entry.name in ternary:
             rows, columns = entry.shape
             if rows % ROWS_PER_BYTE:
-                raise CheckpointError(f"{latents.folder}: '{entry.name}' has {rows} rows, not a multiple of {ROWS_PER_BYTE}")
+                raise CheckpointError(
+                    f"{latents.folder}: '{entry.name}' has {rows} rows, not a multiple of {ROWS_PER_BYTE}"
+                )
             entries.append(Entry(entry.name, torch.uint8, (rows // ROWS_PER_BYTE, columns)))
             entries.append(Entry(f"{ternary[entry.name]}.weight_scale", torch.bfloat16, (1,)))
         else:
@@ -81,7 +94,9 @@ def pack_checkpoint(
                 if name in ternary:
                     codes, scale = latents.codes(ternary[name])
                     if not bool(torch.isfinite(scale)):
-                        raise CheckpointError(f"{latents.folder}: '{name}' holds a NaN or an Inf and has no codes")
+                        raise CheckpointError(
+                            f"{latents.folder}: '{name}' holds a NaN or an Inf and has no codes"
+                        )
                     writer.write(name, pack_codes(codes))
                     writer.write(f"{ternary[name]}.weight_scale", scale)
                 elif entry.dtype.is_floating_point:
@@ -107,7 +122,9 @@ def packed_config(config: dict[str, Any], names: Names) -> dict[str, Any]:
     }
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:
-        packed["rope_theta"] = rope["rope_theta"]  # MLX reads it here only, and would take 10000 without a word
+        packed["rope_theta"] = rope[
+            "rope_theta"
+        ]  # MLX reads it here only, and would take 10000 without a word
     return packed
 
 
@@ -121,7 +138,9 @@ def read_packed(folder: str | Path) -> dict[str, Callable[[], tuple[Tensor, Tens
     config = read_json(folder / "config.json")
     quantization = config.get("quantization_config", {})
     if quantization.get("quant_method") != "bitnet" or quantization.get("linear_class") != "bitlinear":
-        raise CheckpointError(f"{folder / 'config.json'} is not that of a packed model (quant_method bitnet, linear_class bitlinear)")
+        raise CheckpointError(
+            f"{folder / 'config.json'} is not a packed model's (quant_method bitnet, linear_class bitlinear)"
+        )
     reader = CheckpointReader(folder)
     names = read_names(config, folder / "config.json")
 
@@ -131,8 +150,10 @@ def read_packed(folder: str | Path) -> dict[str, Callable[[], tuple[Tensor, Tens
     for name in names.converted:
         entry, scale = reader.entries.get(f"{name}.weight"), reader.entries.get(f"{name}.weight_scale")
         if entry is None or entry.dtype != torch.uint8 or scale is None or scale.shape != (1,):
-            raise CheckpointError(f"{folder}: layer '{name}' is not packed (needs a uint8 weight and a weight_scale of shape [1])")
-    return {name: (lambda name=name: load(name)) for name in names.converted}
+            raise CheckpointError(
+                f"{folder}: layer '{name}' is not packed (a uint8 weight, and a weight_scale of shape [1])"
+            )
+    return {name: partial(load, name) for name in names.converted}
 
 
 def fingerprint_packed(folder: str | Path) -> Fingerprint:
@@ -141,8 +162,9 @@ def fingerprint_packed(folder: str | Path) -> Fingerprint:
 
 
 def _exclusions(names: Names) -> list[str]:
-    """``modules_to_not_convert``. Transformers matches an entry as a prefix or a suffix of a module's name too, so one
-    that would catch a ternary layer (``mlp.gate`` in ``mlp.gate_proj``) is written as an anchored expression."""
+    """``modules_to_not_convert``. Transformers matches an entry as a prefix or a suffix of a module's name
+    too, so one that would catch a ternary layer (``mlp.gate`` in ``mlp.gate_proj``) is written as an anchored
+    expression."""
     entries = []
     for name in names.dense:
         catches = any(other.startswith(name) or other.endswith(name) for other in names.converted)

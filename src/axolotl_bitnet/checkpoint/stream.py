@@ -1,8 +1,9 @@
 """Safetensors checkpoints tensor by tensor: bounded memory, whole folders or none.
 
-A reader opens a file anew for every tensor, since pages of a mapped file count as memory until it is closed. A writer
-needs all shapes first (they make the header) and then takes one tensor at a time; the safetensors package can only
-write a file whose tensors are all in memory, and the format is a length, a JSON header and the bytes.
+A reader opens a file anew for every tensor, since pages of a mapped file count as memory until it is closed.
+A writer needs all shapes first (they make the header) and then takes one tensor at a time; the safetensors
+package can only write a file whose tensors are all in memory, and the format is a length, a JSON header and
+the bytes.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Entry:
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint folder: ``model.safetensors``, or the shards of ``model.safetensors.index.json``.
+    """The tensors of a checkpoint folder: ``model.safetensors``, or the shards of
+    ``model.safetensors.index.json``.
 
     Raises:
         CheckpointError: no safetensors there, a shard is missing, or the index points outside the folder.
@@ -103,7 +105,9 @@ class CheckpointReader:
             view = file.get_slice(name)
             dtype = DTYPES.get(view.get_dtype())
             if dtype is None:
-                raise CheckpointError(f"{self._files[name]}: tensor '{name}' has dtype {view.get_dtype()}, which is not supported")
+                raise CheckpointError(
+                    f"{self._files[name]}: tensor '{name}' has the unsupported dtype {view.get_dtype()}"
+                )
             return Entry(name, dtype, tuple(view.get_shape()))
 
 
@@ -116,11 +120,15 @@ class SafetensorsWriter:
         offset = 0
         for entry in entries:
             offsets = [offset, offset + entry.nbytes]
-            header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+            header[entry.name] = {
+                "dtype": _NAMES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": offsets,
+            }
             offset = offsets[1]
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
-        self._file = open(path, "wb")
+        self._file = Path(path).open("wb")  # noqa: SIM115 (closed in __exit__)
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -131,14 +139,18 @@ class SafetensorsWriter:
         """
         entry = next(self._expected, None)
         if entry != Entry(name, tensor.dtype, tuple(tensor.shape)):
-            raise CheckpointError(f"tensor '{name}' {tensor.dtype} {tuple(tensor.shape)} was announced as {entry}")
+            raise CheckpointError(
+                f"tensor '{name}' {tensor.dtype} {tuple(tensor.shape)} was announced as {entry}"
+            )
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        self._file.write(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        self._file.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
 
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -209,7 +221,9 @@ def _shards(folder: Path) -> list[Path]:
         names = set(read_json(index).get("weight_map", {}).values())
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{index} names the file '{name}', which is not a safetensors file of this folder")
+                raise CheckpointError(
+                    f"{index} names the file '{name}', which is not a safetensors file of this folder"
+                )
         paths = [folder / name for name in sorted(names)]
     elif single.exists():
         paths = [single]

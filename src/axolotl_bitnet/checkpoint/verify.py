@@ -11,7 +11,8 @@ from .packed import fingerprint_packed
 from .stream import CheckpointError, read_json
 
 RUN_FILE = "bitnet.json"
-"""Written into a run's output folder: the fingerprint of the trained model and the verdict on every artifact."""
+"""Written into a run's output folder: the fingerprint of the trained model and the verdict on every
+artifact."""
 
 
 class VerificationError(RuntimeError):
@@ -41,7 +42,8 @@ class VerificationReport:
     def summary(self) -> str:
         """One line for people."""
         if self.ok:
-            return f"verified: {self.layers} ternary layers, {self.weights:,} codes and {self.layers} scales are the trained ones"
+            counts = f"{self.layers} ternary layers, {self.weights:,} codes and {self.layers} scales"
+            return f"verified: {counts} are the trained ones"
         shown = "; ".join(self.mismatches[:5])
         more = f"; and {len(self.mismatches) - 5} more" if len(self.mismatches) > 5 else ""
         return f"NOT the trained model: {shown}{more}"
@@ -62,7 +64,10 @@ def compare(found: Fingerprint, expected: Fingerprint) -> VerificationReport:
             report.mismatches.append(f"{name}: codes differ")
         elif candidate.scale != reference.scale:  # a NaN differs from itself, as it should
             report.mismatches.append(f"{name}: scale {candidate.scale:g}, trained {reference.scale:g}")
-    report.mismatches += [f"{name} is ternary, but was not in training" for name in found.tensors.keys() - expected.tensors.keys()]
+    report.mismatches += [
+        f"{name} is ternary, but was not in training"
+        for name in found.tensors.keys() - expected.tensors.keys()
+    ]
     return report
 
 

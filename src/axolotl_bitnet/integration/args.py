@@ -1,7 +1,9 @@
-"""The config: `use_onebitllms` and the `bitnet:` block, and every combination that is refused, with its reason.
+"""The config: `use_onebitllms` and the `bitnet:` block, and every combination that is refused, with its
+reason.
 
-Axolotl mixes :class:`BitNetArgs` into its own config class and runs the validator here on all keys, before anything is
-loaded. Without ``use_onebitllms: true`` nothing is checked but one thing: a ``bitnet:`` block would train dense.
+Axolotl mixes :class:`BitNetArgs` into its own config class and runs the validator here on all keys, before
+anything is loaded. Without ``use_onebitllms: true`` nothing is checked but one thing: a ``bitnet:`` block
+would train dense.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class BitNetConfig(BaseModel):
     )
     learning_rate_scope: Literal["all", "ternary"] = Field(
         default="all",
-        json_schema_extra={"description": "What the multiplier reaches: all parameters, or BitLinear weights only."},
+        json_schema_extra={
+            "description": "What the multiplier reaches: all parameters, or BitLinear weights only."
+        },
     )
     latent_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
@@ -35,15 +39,19 @@ class BitNetConfig(BaseModel):
     )
     skip_modules: list[str] = Field(
         default_factory=list,
-        json_schema_extra={"description": "Linear layers left dense beside the output head: names, ends, parents or globs."},
+        json_schema_extra={
+            "description": "Linear layers left dense beside the output head: names, ends, parents or globs."
+        },
     )
     export: list[Literal["packed"]] = Field(
-        default_factory=lambda: ["packed"],  # type: ignore[arg-type,return-value]
+        default_factory=lambda: ["packed"],  # type: ignore[arg-type]
         json_schema_extra={"description": "Artifacts made after training; [] for none."},
     )
     verify: bool = Field(
         default=True,
-        json_schema_extra={"description": "Hold every artifact against the fingerprint of the trained model."},
+        json_schema_extra={
+            "description": "Hold every artifact against the fingerprint of the trained model."
+        },
     )
 
 
@@ -64,8 +72,8 @@ class BitNetArgs(BaseModel):
         if not data.get("use_onebitllms"):
             if data.get("bitnet") is not None:
                 raise ValueError(
-                    "the config has a `bitnet:` block but not `use_onebitllms: true`: it would train a dense model. "
-                    "Add `use_onebitllms: true`, or remove the block"
+                    "the config has a `bitnet:` block but not `use_onebitllms: true`: it would train "
+                    "a dense model. Add `use_onebitllms: true`, or remove the block"
                 )
             return data
         if problems := refusals(data):
@@ -78,7 +86,7 @@ class BitNetArgs(BaseModel):
         sharded = getattr(self, "fsdp_config", None) or getattr(self, "fsdp", None)
         if self.use_onebitllms and sharded and str(getattr(self, "fsdp_version", None)) != "2":
             raise ValueError(
-                "FSDP1 with `use_onebitllms`: it flattens the weights, and their fingerprint cannot be taken yet. "
+                "FSDP1 with `use_onebitllms`: it flattens the weights, which cannot be fingerprinted yet. "
                 "Set `fsdp_version: 2`"
             )
         return self
@@ -90,43 +98,43 @@ _OWN_GROUPS = ("muon", "dion", "galore", "apollo", "lomo", "flash_")
 
 def refusals(cfg: Mapping[str, Any]) -> list[str]:
     """Why this ternary config cannot work: sentences, empty when it can."""
-    bitnet = cfg.get("bitnet") or {}
     found: list[str] = []
     if cfg.get("adapter"):
         found.append(
-            f"`adapter: {cfg['adapter']}` with `use_onebitllms`: an adapter trains low-rank dense deltas beside frozen "
-            "weights, and no delta can be merged into ternary codes. Remove `adapter` for full fine-tuning"
+            f"`adapter: {cfg['adapter']}` with `use_onebitllms`: an adapter trains dense deltas beside "
+            "frozen weights, which cannot be merged into ternary codes. Remove `adapter` for full fine-tuning"
         )
     for key in ("load_in_4bit", "load_in_8bit"):
         if cfg.get(key):
             found.append(
-                f"`{key}: true` with `use_onebitllms`: the latents must be floating point to be trained. Set it to false"
+                f"`{key}: true` with `use_onebitllms`: latents must be floating point to be trained. "
+                "Set it to false"
             )
     if cfg.get("qat"):
         found.append("`qat` with `use_onebitllms`: both would quantize the same layers. Remove `qat`")
     if cfg.get("fp8"):
         found.append(
-            "`fp8: true` with `use_onebitllms`: fp8 would replace the layers that must become ternary, whose forward "
-            "runs on int8 anyway. Remove `fp8`"
+            "`fp8: true` with `use_onebitllms`: fp8 would replace the layers that must become ternary. "
+            "Remove `fp8`"
         )
     if _above_one(cfg.get("tensor_parallel_size")):
         found.append(
-            "`tensor_parallel_size` above 1 with `use_onebitllms`: a row's 8-bit scale and a matrix's ternary scale span "
-            "the shards. Use FSDP2 (`dp_shard_size`) instead"
+            "`tensor_parallel_size` above 1 with `use_onebitllms`: the scales of rows and matrices would "
+            "span the shards. Use FSDP2 (`dp_shard_size`) instead"
         )
     if cfg.get("flash_attn_fuse_mlp"):
         found.append(
-            "`flash_attn_fuse_mlp: true` with `use_onebitllms`: the fused MLP reads weights past their layers and would "
-            "compute them dense. Remove it"
+            "`flash_attn_fuse_mlp: true` with `use_onebitllms`: the fused MLP reads weights past their "
+            "layers and would compute them dense. Remove it"
         )
     if _deepspeed_stage(cfg.get("deepspeed")) == 3:
         found.append(
-            "DeepSpeed ZeRO-3 with `use_onebitllms`: the fingerprint of its partitioned weights cannot be taken yet. "
+            "DeepSpeed ZeRO-3 with `use_onebitllms`: its partitioned weights cannot be fingerprinted yet. "
             "Use `fsdp_version: 2` with `fsdp_config`, or ZeRO-1/2"
         )
     found += _preference_refusals(cfg)
-    scope = bitnet.get("learning_rate_scope") if isinstance(bitnet, Mapping) else bitnet.learning_rate_scope
-    if scope == "ternary":
+    bitnet = cfg.get("bitnet")
+    if isinstance(bitnet, Mapping) and bitnet.get("learning_rate_scope") == "ternary":
         found += _scope_refusals(cfg)
     return found
 
@@ -137,8 +145,8 @@ def _preference_refusals(cfg: Mapping[str, Any]) -> list[str]:
     if method in (None, "dpo", "ipo", "orpo", "simpo"):
         return []
     return [
-        f"`rl: {method}` with `use_onebitllms`: its reference model or its rollouts would be the dense latents, a "
-        "different model from the one being trained. Use dpo, ipo, orpo or simpo"
+        f"`rl: {method}` with `use_onebitllms`: its reference model or its rollouts would be the dense "
+        "latents, another model than the one being trained. Use dpo, ipo, orpo or simpo"
     ]
 
 
@@ -148,16 +156,23 @@ def _scope_refusals(cfg: Mapping[str, Any]) -> list[str]:
     scheduler = str(getattr(cfg.get("lr_scheduler"), "value", cfg.get("lr_scheduler")) or "")
     found = []
     if any(name in optimizer for name in _OWN_GROUPS):
-        found.append(f"{scope} with `optimizer: {optimizer}`, which makes its own parameter groups. Use scope `all`")
+        found.append(
+            f"{scope} with `optimizer: {optimizer}`, which makes its own parameter groups. Use scope `all`"
+        )
     if cfg.get("loraplus_lr_ratio"):
-        found.append(f"{scope} with `loraplus_lr_ratio`: Axolotl allows only one of the two. Remove the ratio")
+        found.append(
+            f"{scope} with `loraplus_lr_ratio`: Axolotl allows only one of the two. Remove the ratio"
+        )
     if scheduler == "one_cycle":
-        found.append(f"{scope} with `lr_scheduler: one_cycle`, which gives all groups one rate. Use another scheduler")
+        found.append(
+            f"{scope} with `lr_scheduler: one_cycle`, which gives all groups one rate. Use another scheduler"
+        )
     return found
 
 
 def _deepspeed_stage(deepspeed: Any) -> int | None:
-    """ZeRO stage of a DeepSpeed config given as a dict or a path; None when there is none or it cannot be read."""
+    """ZeRO stage of a DeepSpeed config given as a dict or a path; None when there is none or it cannot be
+    read."""
     if isinstance(deepspeed, str):
         path = Path(deepspeed)
         if not path.is_file():

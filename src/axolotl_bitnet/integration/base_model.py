@@ -19,17 +19,20 @@ def check_base(cfg: Any, skip_modules: list[str]) -> None:
     """Refuse a base that cannot be trained ternary, before its weights are read.
 
     Raises:
-        ConversionError: it is quantized already, or one of its layers cannot be converted; the message names it.
+        ConversionError: it is quantized already, or one of its layers cannot be converted; the message names
+        it.
     """
     config = load_model_config(cfg)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         entries = dict(quantization) if isinstance(quantization, Mapping) else quantization.to_dict()
-        online = entries.get("linear_class") == "autobitlinear" and entries.get("quantization_mode") == "online"
+        online = (
+            entries.get("linear_class") == "autobitlinear" and entries.get("quantization_mode") == "online"
+        )
         if entries.get("quant_method") != "bitnet" or not online:
             raise ConversionError(
-                f"{cfg.base_model} is quantized already ({entries.get('quant_method')}): ternary training needs its latents. "
-                "Take the bf16 or 'prequantized' variant of the model"
+                f"{cfg.base_model} is quantized already ({entries.get('quant_method')}): training needs its "
+                "latents. Take the bf16 or 'prequantized' variant of the model"
             )
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         with torch.device("meta"):

@@ -33,7 +33,9 @@ def recipes(directory: Path) -> None:
         raise click.ClickException(f"{directory} is not empty: name a new directory")
     with as_file(_recipes_folder()) as source:
         shutil.copytree(source, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    click.echo(f"recipes copied to {directory}: " + ", ".join(sorted(path.name for path in directory.glob("*.yaml"))))
+    click.echo(
+        f"recipes copied to {directory}: " + ", ".join(sorted(path.name for path in directory.glob("*.yaml")))
+    )
 
 
 @main.command()
@@ -51,7 +53,7 @@ def pack(source: Path, target: Path, overwrite: bool) -> None:
         pack_checkpoint(source, target, overwrite)
     except (CheckpointError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"{target}: {weight_bytes(target) / 2**20:.1f} MiB, from {weight_bytes(source) / 2**20:.1f} MiB of latents")
+    click.echo(f"{target}: {_mib(weight_bytes(target))}, from {_mib(weight_bytes(source))} of latents")
 
 
 @main.command()
@@ -59,10 +61,11 @@ def pack(source: Path, target: Path, overwrite: bool) -> None:
 @click.option(
     "--against",
     type=click.Path(exists=True, path_type=Path),
-    help="A run's output_dir, its bitnet.json, or a folder of latents. Default: the folder that holds ARTIFACT.",
+    help="A run's output_dir, its bitnet.json, or a folder of latents. Default: ARTIFACT's parent.",
 )
 def verify(artifact: Path, against: Path | None) -> None:
-    """Check that ARTIFACT holds every code and every scale of the trained model. Exit status 1 if it does not.
+    """Check that ARTIFACT holds every code and every scale of the trained model. Exit status 1 if it does
+    not.
 
     \b
     Example:
@@ -77,10 +80,12 @@ def verify(artifact: Path, against: Path | None) -> None:
         raise SystemExit(1)
 
 
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
 def _recipes_folder():  # type: ignore[no-untyped-def]
     installed = files("axolotl_bitnet") / "recipes"
     if installed.is_dir():
         return installed
     return Path(__file__).resolve().parents[3] / "examples" / "falcon-e"  # a source checkout
-
-

@@ -1,7 +1,8 @@
 """The Axolotl plugin: hooks only, in the order in which Axolotl calls them.
 
-Inert unless the config says ``use_onebitllms: true``: Axolotl 0.21 loads it in every run. Axolotl's core has a path of
-its own for that key, taken right after the weights are loaded; the key is hidden from it between two hooks.
+Inert unless the config says ``use_onebitllms: true``: Axolotl 0.21 loads it in every run. Axolotl's core has
+a path of its own for that key, taken right after the weights are loaded; the key is hidden from it between
+two hooks.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from ..training.latents import match_reference, restore_low_bits, ternary_name_p
 from .args import BitNetConfig
 from .base_model import check_base, local_folder
 
-# A child of Axolotl's logger has its handler and level. Axolotl's own wrapper asks for the process group, which is gone
-# when the artifacts are made.
+# A child of Axolotl's logger has its handler and level. Axolotl's own wrapper asks for the process group,
+# which is gone when the artifacts are made.
 LOG = logging.getLogger("axolotl.bitnet")
 
 
@@ -45,7 +46,8 @@ class BitNetPlugin(BasePlugin):
         options = _options(cfg)
         check_base(cfg, options.skip_modules)
         if _sharded(cfg):
-            # The merge of a sharded final save takes the last checkpoint's weights, in bfloat16, if there is any.
+            # The merge of a sharded final save takes the last checkpoint's weights, in bfloat16, if there is
+            # any.
             cfg.fsdp_config.final_state_dict_type = cfg.fsdp_config.final_state_dict_type or "FULL_STATE_DICT"
         cfg.use_onebitllms = None
         cfg.bitnet_hidden = True
@@ -62,7 +64,10 @@ class BitNetPlugin(BasePlugin):
             return
         _info("%d linear layers are ternary; the output head stays dense", len(names))
         if found.rescaled:
-            _info("the base was dense ternary: %d matrices re-scaled to keep their codes and scales", len(found.rescaled))
+            _info(
+                "the base was dense ternary: %d matrices re-scaled to keep their codes and scales",
+                len(found.rescaled),
+            )
         for warning in found.warnings(was_dense):
             _warn(warning)
 
@@ -80,16 +85,19 @@ class BitNetPlugin(BasePlugin):
             group = {"name": "ternary", "modules": ternary_name_patterns(model), "lr": effective}
             cfg.lr_groups = [*(cfg.lr_groups or []), group]
             reach = f"BitLinear weights; everything else {base:g}"
-        _info("learning rate: base %g x multiplier %g = effective %g (%s)", base, multiplier, effective, reach)
+        _info(
+            "learning rate: base %g x multiplier %g = effective %g (%s)", base, multiplier, effective, reach
+        )
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if not cfg.use_onebitllms:
             return
+        self._trained = None
         reference = getattr(trainer, "ref_model", None)
         if reference is not None and not any(isinstance(module, BitLinear) for module in reference.modules()):
             raise RuntimeError(
-                f"the reference model of {type(trainer).__name__} is dense while the policy is ternary: rewards would compare "
-                "two different models. Please report this configuration"
+                f"the reference model of {type(trainer).__name__} is dense and the policy ternary: rewards "
+                "would compare two different models. Please report this configuration"
             )
         if _options(cfg).latent_dtype != "float32" or cfg.deepspeed:  # DeepSpeed keeps float32 masters itself
             return
@@ -100,19 +108,21 @@ class BitNetPlugin(BasePlugin):
             if restored:
                 _info("read the full float32 values of %d tensors from the base", restored)
         if upcast:
-            _info("latents are float32: %.1f GiB more than bfloat16, gradients and optimizer state likewise", upcast * 2 / 2**30)
+            _info(
+                "latents are float32: %.1f GiB more than bfloat16, gradients and optimizer state likewise",
+                upcast * 2 / 2**30,
+            )
         if reference is not None and not cfg.fsdp_config:  # FSDP2 computes both in its own dtype
             match_reference(trainer.model, reference)
 
     def post_train(self, cfg: Any, model: torch.nn.Module) -> None:
-        """Axolotl calls it twice: before the final save, with all ranks alive, and after it, with the group gone."""
+        """Called twice: before the final save, with all ranks alive, and after it, with the group gone."""
         if not cfg.use_onebitllms:
             return
         if self._trained is None:
             self._trained = fingerprint_model(model)
-            if _is_main_process():
-                if names := set_aside(cfg.output_dir):
-                    _info("a previous run's %s in %s will be replaced", ", ".join(names), cfg.output_dir)
+            if _is_main_process() and (names := set_aside(cfg.output_dir)):
+                _info("a previous run's %s in %s will be replaced", ", ".join(names), cfg.output_dir)
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()  # a stale index would keep other ranks from merging
             return
@@ -125,8 +135,8 @@ class BitNetPlugin(BasePlugin):
             report = finish_run(output_dir, trained, options.export, options.verify)
         except Exception:
             LOG.error(
-                "the ternary model could not be exported; what was trained is saved in %s. When the cause below is mended, run: "
-                "axolotl bitnet pack %s %s",
+                "the ternary model could not be exported; what was trained is saved in %s. When the cause is "
+                "mended, run: axolotl bitnet pack %s %s",
                 output_dir,
                 output_dir,
                 output_dir / PACKED,
@@ -134,7 +144,12 @@ class BitNetPlugin(BasePlugin):
             raise
         if options.export:
             latents, packed = weight_bytes(output_dir), weight_bytes(output_dir / PACKED)
-            _info("packed %.1f MiB of latents into %.1f MiB: %s", latents / 2**20, packed / 2**20, output_dir / PACKED)
+            _info(
+                "packed %.1f MiB of latents into %.1f MiB: %s",
+                latents / 2**20,
+                packed / 2**20,
+                output_dir / PACKED,
+            )
         if options.verify:
             _info("%s", report.summary())
 
@@ -148,7 +163,8 @@ def _sharded(cfg: Any) -> bool:
 
 
 def _holds_weights(cfg: Any) -> bool:
-    """Whether this process has the base's weights: with cpu_ram_efficient_loading only the first of a node does."""
+    """Whether this process has the base's weights: with cpu_ram_efficient_loading only the first of a node
+    does."""
     efficient = bool(cfg.fsdp_config) and bool(cfg.fsdp_config.cpu_ram_efficient_loading)
     return not efficient or int(os.environ.get("LOCAL_RANK", "0")) == 0
 
@@ -161,7 +177,7 @@ def _stored_float32(cfg: Any) -> dict[str, Any]:
     try:
         reader = CheckpointReader(folder)
     except CheckpointError:
-        return {}  # no safetensors (a base of random weights, or old files): nothing longer than what was loaded
+        return {}  # no safetensors: random weights, or files that are not read
     wanted = [entry.name for entry in reader.entries.values() if entry.dtype == torch.float32]
     return {name: (lambda name=name: reader.tensor(name)) for name in wanted}
 

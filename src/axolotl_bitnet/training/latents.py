@@ -1,7 +1,8 @@
 """Latent weights: their precision, and the learning rate that moves them.
 
-In bfloat16 an AdamW step of 1e-5 is below half a unit in the last place of almost every weight, and nothing moves. So
-latents are kept in float32 by default, whatever dtype the model computes in; their codes are the same in both.
+In bfloat16 an AdamW step of 1e-5 is below half a unit in the last place of almost every weight, and nothing
+moves. So latents are kept in float32 by default, whatever dtype the model computes in; their codes are the
+same in both.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def upcast_trainable(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def restore_low_bits(model: nn.Module, stored: Mapping[str, Callable[[], Tensor]], loaded_as: torch.dtype) -> int:
+def restore_low_bits(
+    model: nn.Module, stored: Mapping[str, Callable[[], Tensor]], loaded_as: torch.dtype
+) -> int:
     """Bring back what loading a float32 base in a shorter dtype cut off.
 
     Args:
@@ -39,8 +42,8 @@ def restore_low_bits(model: nn.Module, stored: Mapping[str, Callable[[], Tensor]
         loaded_as: the dtype the base was loaded in.
 
     Returns:
-        The number of tensors restored. A tensor that is no longer the stored one rounded (resized embeddings, rescaled
-        or re-initialized weights) is left alone.
+        The number of tensors restored. A tensor that is no longer the stored one rounded (resized embeddings,
+        rescaled or re-initialized weights) is left alone.
     """
     restored = 0
     for name, parameter in model.named_parameters():
@@ -56,12 +59,16 @@ def restore_low_bits(model: nn.Module, stored: Mapping[str, Callable[[], Tensor]
 
 @torch.no_grad()
 def match_reference(policy: nn.Module, reference: nn.Module) -> None:
-    """Give a preference method's reference model the policy's values and dtype in all but its ternary weights.
+    """Give a preference method's reference model the policy's values and dtype in all but its ternary
+    weights.
 
-    Otherwise the one would run its norms and embeddings in float32 and the other in bfloat16, and rewards would not
-    start at zero. Ternary weights quantize to the same codes in either dtype, and stay as small as they are.
+    Otherwise the one would run its norms and embeddings in float32 and the other in bfloat16, and rewards
+    would not start at zero. Ternary weights quantize to the same codes in either dtype, and stay as small as
+    they are.
     """
-    ternary = {f"{name}.weight" for name, module in reference.named_modules() if isinstance(module, BitLinear)}
+    ternary = {
+        f"{name}.weight" for name, module in reference.named_modules() if isinstance(module, BitLinear)
+    }
     values = {clean_name(name): parameter for name, parameter in policy.named_parameters()}
     for name, parameter in reference.named_parameters():
         value = values.get(clean_name(name))
@@ -70,9 +77,11 @@ def match_reference(policy: nn.Module, reference: nn.Module) -> None:
 
 
 def ternary_name_patterns(model: nn.Module) -> list[str]:
-    """Short strings that occur in the parameter names of BitLinear weights, and in those of no other parameter.
+    """Short strings that occur in the parameter names of BitLinear weights, and in those of no other
+    parameter.
 
-    For Axolotl's ``lr_groups``, which looks for a string in a name. Short, because wrappers put words into names.
+    For Axolotl's ``lr_groups``, which looks for a string in a name. Short, because wrappers put words into
+    names.
     """
     ternary = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, BitLinear)]
     others = [name for name, _ in model.named_parameters() if name not in set(ternary)]

@@ -50,7 +50,7 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., out_features) in x's dtype (the autocast dtype under autocast).
     """
-    device = x.device.type
+    device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     # A backward called inside an autocast region would turn float32 codes into bf16, and lose the integers.
     with torch.autocast(device, enabled=False):

@@ -12,6 +12,7 @@ import fnmatch
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -44,10 +45,10 @@ def convert_to_bitlinear(model: nn.Module, skip_modules: Iterable[str] = ()) -> 
     """Make a model ternary, in place.
 
     Args:
-        model: any model; one of transformers also gets the list of names into its config. skip_modules:
-            linear layers to leave dense, beside the output head: a full name
-            (``model.layers.0.mlp.up_proj``),
-            the end of one (``down_proj``), a parent (``model.layers.0``) or a glob (``*.layers.0.*``).
+        model: any model; one of transformers also gets the list of names into its config.
+        skip_modules: linear layers to leave dense, beside the output head: a full name
+            (``model.layers.0.mlp.up_proj``), the end of one (``down_proj``), a parent (``model.layers.0``) or
+            a glob (``*.layers.0.*``).
 
     Returns:
         The names of the BitLinear layers.
@@ -62,9 +63,8 @@ def convert_to_bitlinear(model: nn.Module, skip_modules: Iterable[str] = ()) -> 
         _swap(model.get_submodule(name))
     config = getattr(model, "config", None)
     if config is not None:
-        setattr(
-            config, CONFIG_KEY, {"definition": DEFINITION, "converted": plan.converted, "dense": plan.dense}
-        )
+        entry = {"definition": DEFINITION, "converted": list(plan.converted), "dense": list(plan.dense)}
+        setattr(config, CONFIG_KEY, entry)
     return plan.converted
 
 
@@ -81,13 +81,23 @@ def plan_conversion(model: nn.Module, skip_modules: Iterable[str] = ()) -> Plan:
         unused.difference_update(hits)
         return bool(hits)
 
+    dense_roots: list[str] = []  # modules that bypass their layers, and were skipped: dense as a whole
     for name, module in model.named_modules():
         if problem := _bypass(name, module):
-            if not skipped(name):
+            if skipped(name):
+                dense_roots.append(f"{name}.")
+            else:
                 problems.append(problem)
         elif not _is_linear(module):
             continue
-        elif skipped(name) or module is head or _stays_dense(name):
+        elif (
+            skipped(name)
+            or module is head
+            or _stays_dense(name)
+            or any(name.startswith(root) for root in dense_roots)
+        ):
+            if isinstance(module, BitLinear):
+                problems.append(f"{name} is ternary already and cannot be left dense: reload the model")
             plan.dense.append(name)
         elif problem := _unfit(name, module):
             problems.append(problem)
@@ -131,6 +141,8 @@ def _unfit(name: str, module: nn.Module) -> str | None:
             return f"{name} normalizes inside the layer (use_rms_norm), which the packed format cannot say"
         if not module.online_quant:
             return f"{name} holds codes beside a weight_scale: start from the bf16 latents"
+    if "forward" in vars(module) and not hasattr(module, "_old_forward"):
+        return f"{name} has a forward of its own on the instance, which would hide BitLinear's: remove it"
     out_features = int(module.out_features)  # type: ignore[arg-type]
     if out_features % ROWS_PER_BYTE:
         return (
@@ -182,10 +194,11 @@ def _matches(name: str, pattern: str) -> bool:
 def _forget_quantizer(model: nn.Module) -> None:
     """Microsoft's bf16 BitNet loads as a quantized model; with BitLinear it is a plain one, saved and trained
     as such."""
+    config = getattr(model, "config", None)
     for owner, attribute in (
         (model, "hf_quantizer"),
         (model, "quantization_method"),
-        (model.config, "quantization_config"),
+        (config, "quantization_config"),
     ):
         if hasattr(owner, attribute):
             delattr(owner, attribute)
@@ -194,10 +207,9 @@ def _forget_quantizer(model: nn.Module) -> None:
 
 def _swap(module: nn.Module) -> None:
     if _is_auto_bitlinear(module):
-        # Transformers' online layer: what it has beyond nn.Linear must go, or it would be saved and loaded
-        # again.
-        module._load_state_dict_pre_hooks.clear()
         for leftover in ("online_quant", "rms_norm"):
             if hasattr(module, leftover):
                 delattr(module, leftover)
     module.__class__ = BitLinear
+    if "_old_forward" in vars(module):  # accelerate's hooks (device_map) keep the forward that they wrap
+        module._old_forward = MethodType(BitLinear.forward, module)  # type: ignore[assignment]

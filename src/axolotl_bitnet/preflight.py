@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from .ternary import dequantize, latents_of, scale_of, ternarize
 
 NEVER_TERNARY = 0.4
-"""Mean relative change by quantization above which a base is taken for one that was never ternary (Gaussian:
-0.51)."""
+"""Mean relative change by quantization above which a base may never have been ternary (Gaussian: 0.51)."""
 
 
 @dataclass
@@ -25,12 +24,16 @@ class Preflight:
     """What the base's ternary-to-be matrices are.
 
     Attributes:
-        rescaled: dense ternary matrices that were replaced by latents with the same codes and scale. zero:
-            matrices of zeros only. broken: matrices that hold a NaN or an Inf. change: mean over the matrices
-            of ``|W - codes / s| / |W|`` (Frobenius norms), how far quantization moves them.
+        rescaled: dense ternary matrices that were replaced by latents with the same codes and scale.
+        shrunk: dense ternary matrices for which there are no such latents: their scale will shrink.
+        zero: matrices of zeros only.
+        broken: matrices that hold a NaN or an Inf.
+        change: mean over the matrices of ``|W - codes / s| / |W|`` (Frobenius norms), how far quantization
+            moves them.
     """
 
     rescaled: list[str] = field(default_factory=list)
+    shrunk: list[str] = field(default_factory=list)
     zero: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     change: float = 0.0
@@ -51,10 +54,16 @@ class Preflight:
             lines.append(
                 f"the base is all zero in {_some(self.zero)}: these layers cannot learn a scale from zeros"
             )
+        if self.shrunk:
+            lines.append(
+                f"the base is dense ternary in {_some(self.shrunk)} with a scale that latents cannot carry: "
+                "these layers start smaller than they were"
+            )
         if maybe_dense and self.change > NEVER_TERNARY:
             lines.append(
-                f"this base may never have been ternary: quantization changes its matrices by {self.change:.0%} "
-                "on average. Expect the loss to start far above the dense model's, and to need a long training"
+                "this base may never have been ternary: quantization changes its matrices by "
+                f"{self.change:.0%} on average. Expect the loss to start far above the dense model's, and to "
+                "need a long training"
             )
         return lines
 
@@ -94,8 +103,11 @@ def _inspect(name: str, weight: Tensor, result: Preflight) -> Tensor | None:
     if bool(((weight == 0) | (weight.abs() == magnitude)).all()):
         own = scale_of(magnitude.to(torch.float32))
         if not torch.equal(own, scale):
-            weight.copy_(latents_of(torch.sign(weight).to(torch.int8), own))
-            result.rescaled.append(name)
+            try:
+                weight.copy_(latents_of(torch.sign(weight).to(torch.int8), own))
+                result.rescaled.append(name)
+            except ValueError:
+                result.shrunk.append(name)
         return torch.zeros((), device="cpu")
     error = (weight.to(torch.float32) - dequantize(codes, scale)).norm() / weight.to(torch.float32).norm()
     return error.cpu()

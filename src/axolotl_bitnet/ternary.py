@@ -151,8 +151,8 @@ def latents_of(codes: Tensor, s: Tensor) -> Tensor:
     """Latents that :func:`ternarize` turns back into exactly ``codes`` and ``s``.
 
     Needed wherever a model is already ternary: quantizing ``codes / s`` again would shrink the scale to its
-    non-zero fraction. Two adjacent bfloat16 magnitudes are used, because a single one misses ``s`` in some 8
-    % of the cases.
+    non-zero fraction. Two adjacent bfloat16 magnitudes are used, because a single one misses ``s`` in
+    some 8 % of the cases.
 
     Args:
         codes: int8 (rows, columns) in {-1, 0, 1}, at least one of them not zero.
@@ -175,7 +175,20 @@ def latents_of(codes: Tensor, s: Tensor) -> Tensor:
         low = torch.nextafter(low, torch.zeros_like(low))
     high = torch.nextafter(low, torch.full_like(low, torch.inf))
     raised = round(nonzero * (magnitude - float(low)) / (float(high) - float(low)))
+    # Both should occur: a matrix of one magnitude would pass for a dense ternary one, and be scaled again.
+    for count in (min(max(raised, 1), nonzero - 1), raised):
+        latents = _two_magnitudes(codes, low, high, count)
+        back, scale = ternarize(latents)
+        if torch.equal(scale, s.reshape(1).to(scale)) and torch.equal(back, codes.to(torch.int8)):
+            return latents
+    raise ValueError(
+        f"no latents give the scale {float(s):g} with {nonzero} non-zero codes: it is not bf16(1 / bf16(g)) "
+        "for a g >= 1e-5, or a single code cannot meet it"
+    )
 
+
+def _two_magnitudes(codes: Tensor, low: Tensor, high: Tensor, raised: int) -> Tensor:
+    """``codes * low``, with the first ``raised`` non-zero elements ``codes * high`` instead, in bfloat16."""
     latents = codes.to(torch.bfloat16) * low.to(codes.device)
     per_row = codes.count_nonzero(dim=1).cumsum(0)
     whole_rows = int((per_row <= raised).sum())
@@ -184,8 +197,4 @@ def latents_of(codes: Tensor, s: Tensor) -> Tensor:
         rest = raised - (int(per_row[whole_rows - 1]) if whole_rows else 0)
         columns = codes[whole_rows].nonzero().flatten()[:rest]
         latents[whole_rows, columns] = codes[whole_rows, columns].to(torch.bfloat16) * high.to(codes.device)
-
-    back, scale = ternarize(latents)
-    if not (torch.equal(scale, s.reshape(1).to(scale)) and torch.equal(back, codes.to(torch.int8))):
-        raise ValueError(f"no latents give the scale {float(s):g}: it is not bf16(1 / bf16(g)) for any g")
     return latents

@@ -83,8 +83,9 @@ class BitNetArgs(BaseModel):
     @model_validator(mode="after")
     def refuse_fsdp1(self) -> BitNetArgs:
         """After Axolotl's own validators, which know what a missing version means (1 in 0.19, 2 in 0.21)."""
-        sharded = getattr(self, "fsdp_config", None) or getattr(self, "fsdp", None)
-        if self.use_onebitllms and sharded and str(getattr(self, "fsdp_version", None)) != "2":
+        values = vars(self)  # reading the deprecated `fsdp` as an attribute would warn
+        sharded = values.get("fsdp_config") or values.get("fsdp")
+        if self.use_onebitllms and sharded and str(values.get("fsdp_version")) != "2":
             raise ValueError(
                 "FSDP1 with `use_onebitllms`: it flattens the weights, which cannot be fingerprinted yet. "
                 "Set `fsdp_version: 2`"

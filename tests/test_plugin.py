@@ -1,0 +1,220 @@
+"""The plugin in real Axolotl runs on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+pytest.importorskip("axolotl")
+
+from runs import ROOT, TINY, config, preference, train
+from transformers import AutoTokenizer
+
+from axolotl_bitnet.bitlinear import BitLinear
+from axolotl_bitnet.checkpoint.stream import INDEX
+from axolotl_bitnet.checkpoint.verify import VerificationError, verify_checkpoint
+from axolotl_bitnet.convert import ConversionError
+from axolotl_bitnet.fingerprint import Fingerprint, TensorFingerprint, fingerprint_model
+from axolotl_bitnet.integration import plugin as plugin_module
+
+pytestmark = pytest.mark.slow
+
+MakeModel = Callable[..., torch.nn.Module]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_model: MakeModel) -> Path:
+    """A tiny random Llama on disk, with the demo's tokenizer."""
+    return _save(tiny_model("Llama", vocab_size=_vocabulary()), tmp_path_factory.mktemp("base"))
+
+
+def _vocabulary() -> int:
+    return -(-len(AutoTokenizer.from_pretrained(TINY / "model")) // 32) * 32
+
+
+def _save(model: torch.nn.Module, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY / "model").save_pretrained(folder)
+    return folder
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "bitnet.json").read_text())
+
+
+class _NoOnebitllms:
+    """An import hook that fails where onebitllms is imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.split(".")[0] == "onebitllms":
+            raise AssertionError("onebitllms was imported")
+
+
+def test_a_run_learns_packs_and_verifies(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "meta_path", [_NoOnebitllms(), *sys.meta_path])
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    run = train(config(tmp_path, base, max_steps=8, bitnet={"learning_rate_multiplier": 3}))
+    out = tmp_path / "out"
+
+    assert run.losses[-1] < run.losses[0]
+    assert run.trainer.args.learning_rate == pytest.approx(3e-3)
+    layers = [name for name, module in run.model.named_modules() if isinstance(module, BitLinear)]
+    assert len(layers) == 14 and not isinstance(run.model.lm_head, BitLinear)
+    assert run.cfg.use_onebitllms is True  # hidden from Axolotl's core only while it loads
+
+    record = _record(out)
+    assert record["converted"] == layers and record["dense"] == ["lm_head"]
+    assert record["artifacts"]["packed"]["verified"] is True
+    assert Fingerprint.from_json(record["fingerprint"]) == fingerprint_model(run.model)
+    assert verify_checkpoint(out / "packed", out).ok
+    assert {"tokenizer.json", "tokenizer_config.json", "config.json"} <= {
+        path.name for path in (out / "packed").iterdir()
+    }
+
+
+def test_latents_are_float32_unless_asked_otherwise(base: Path, tmp_path: Path) -> None:
+    model = train(config(tmp_path, base, max_steps=1)).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118
+
+
+def test_dense_runs_are_untouched_by_the_installed_plugin(base: Path, tmp_path: Path) -> None:
+    results = []
+    for hidden in (True, False):
+        folder = tmp_path / f"hidden-{hidden}"
+        folder.mkdir()
+        settings = config(
+            folder, base, use_onebitllms=None, plugins=None if hidden else config(folder, base)["plugins"]
+        )
+        (folder / "config.json").write_text(json.dumps(settings))
+        command = [
+            sys.executable,
+            str(ROOT / "tests" / "runs.py"),
+            str(folder / "config.json"),
+            str(folder / "result.json"),
+        ]
+        subprocess.run(
+            [*command, *(["--hide"] if hidden else [])], check=True, capture_output=True, timeout=300
+        )
+        results.append(json.loads((folder / "result.json").read_text()))
+        assert not (folder / "out" / "bitnet.json").exists()
+    without, installed = results
+    assert without["modules"] == [] and "axolotl_bitnet.integration.plugin" in installed["modules"]
+    assert installed["losses"] == without["losses"] and len(without["losses"]) == 3
+    assert installed["weights"] == without["weights"]
+
+
+def test_dpo_starts_at_zero_and_moves_with_a_ternary_reference(base: Path, tmp_path: Path) -> None:
+    run = train(preference(tmp_path, base, max_steps=4, bitnet={"learning_rate_multiplier": 2}))
+    assert any(isinstance(module, BitLinear) for module in run.trainer.ref_model.modules())
+    assert run.trainer.args.learning_rate == pytest.approx(2e-3)  # two models were loaded, one multiplication
+    margins = run.logged("rewards/margins")
+    assert margins[0] == 0 and run.logged("rewards/chosen")[0] == 0
+    assert margins[-1] != 0
+    assert _record(tmp_path / "out")["artifacts"]["packed"]["verified"] is True
+
+
+@pytest.mark.parametrize("make", [config, preference])
+def test_scope_ternary_multiplies_the_rate_of_bitlinear_weights_only(
+    make: Callable[..., dict[str, Any]], base: Path, tmp_path: Path
+) -> None:
+    block = {"learning_rate_multiplier": 5, "learning_rate_scope": "ternary", "export": []}
+    run = train(make(tmp_path, base, max_steps=1, bitnet=block))
+    rates = {
+        id(parameter): group["lr"]
+        for group in run.trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    ternary = {id(module.weight) for module in run.trainer.model.modules() if isinstance(module, BitLinear)}
+    assert len(ternary) == 14
+    for parameter in run.trainer.model.parameters():
+        assert rates[id(parameter)] == pytest.approx(5e-3 if id(parameter) in ternary else 1e-3)
+    assert not (tmp_path / "out" / "packed").exists()
+
+
+def test_a_previous_runs_files_are_replaced_never_packed(base: Path, tmp_path: Path) -> None:
+    train(config(tmp_path, base, max_steps=1))
+    out = tmp_path / "out"
+    first = _record(out)["fingerprint"]["digest"]
+    (out / INDEX).write_text(
+        '{"weight_map": {"x": "model-00001-of-00002.safetensors"}}'
+    )  # an older, sharded save
+    (out / "model-00001-of-00002.safetensors").write_bytes(b"stale")
+    train(config(tmp_path, base, max_steps=2))
+    assert _record(out)["fingerprint"]["digest"] != first
+    assert verify_checkpoint(out / "packed", out).ok
+    assert not (out / "_previous").exists() and not (out / INDEX).exists()
+
+
+def test_a_packed_model_that_is_not_the_trained_one_fails_loudly_and_keeps_the_latents(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_code_off(model: torch.nn.Module) -> Fingerprint:
+        tensors = dict(fingerprint_model(model).tensors)
+        name = sorted(tensors)[3]
+        entry = tensors[name]
+        other = f"{(int(entry.codes, 16) + 1) % 2**64:016x}"
+        tensors[name] = TensorFingerprint(entry.shape, other, entry.scale, entry.zeros)
+        return Fingerprint(tensors)
+
+    monkeypatch.setattr(plugin_module, "fingerprint_model", one_code_off)
+    with pytest.raises(VerificationError, match="codes differ"):
+        train(config(tmp_path, base, max_steps=1))
+    out = tmp_path / "out"
+    assert (out / "model.safetensors").exists() and not (out / "packed").exists()
+    assert _record(out)["artifacts"]["packed"]["verified"] is False
+
+
+def test_microsofts_bitnet_trains_and_packs(tmp_path: Path, tiny_model: MakeModel) -> None:
+    model = tiny_model("BitNet", vocab_size=_vocabulary(), tie_word_embeddings=True)
+    base = _save(model, tmp_path / "base")
+    path = base / "config.json"
+    settings = json.loads(path.read_text())
+    settings["quantization_config"] = {
+        "quant_method": "bitnet",
+        "linear_class": "autobitlinear",
+        "quantization_mode": "online",
+        "modules_to_not_convert": ["lm_head"],
+    }
+    path.write_text(json.dumps(settings))
+    run = train(config(tmp_path, base, max_steps=4))
+    assert run.losses[-1] < run.losses[0]
+    assert sum(isinstance(module, BitLinear) for module in run.model.modules()) == 14
+    assert verify_checkpoint(tmp_path / "out" / "packed", tmp_path / "out").ok
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in saved
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"quantization_config": {"quant_method": "bitnet", "linear_class": "bitlinear"}},
+            "quantized already",
+        ),
+        ({"intermediate_size": 130}, "up_proj has out_features = 130"),
+    ],
+)
+def test_a_base_that_cannot_work_is_refused_before_its_weights_are_read(
+    base: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    broken = tmp_path / "base"
+    broken.mkdir()
+    for path in base.iterdir():
+        if path.suffix != ".safetensors":  # there are no weights to read
+            (broken / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((broken / "config.json").read_text()) | changes
+    (broken / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConversionError, match=message):
+        train(config(tmp_path, broken))

@@ -57,7 +57,7 @@ def test_gradients_agree_with_the_cpu_under_autocast() -> None:
     x = torch.randn(2, 40, 256)
     results = []
     for device in ("cpu", "cuda"):
-        w, inputs = weight.to(device).requires_grad_(), x.to(device).requires_grad_()
+        w, inputs = (t.detach().clone().to(device).requires_grad_() for t in (weight, x))
         with torch.autocast(device, torch.bfloat16):
             y = bitlinear(inputs, w)
         assert y.dtype == torch.bfloat16

@@ -34,9 +34,13 @@ def set_aside(output_dir: str | Path) -> list[str]:
     ]
     if stale:
         aside = folder / _ASIDE
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        if any(
+            _WEIGHTS.fullmatch(path.name) for path in stale
+        ):  # else it may hold the last weights there are
+            shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(exist_ok=True)
         for path in stale:
+            shutil.rmtree(aside / path.name, ignore_errors=True)
             path.rename(aside / path.name)
     return sorted(path.name for path in stale)
 

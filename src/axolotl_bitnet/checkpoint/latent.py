@@ -23,12 +23,17 @@ COMPANIONS = (
     "vocab.*",
     "merges.txt",
     "*.tiktoken",
-    "spiece.model",
+    "*.model",
+    "tekken.json",
     "chat_template*",
     "generation_config.json",
     "*processor_config.json",
 )
 """Files beside the weights that make a folder a usable model (glob patterns, files only)."""
+
+
+MORE_TEMPLATES = "additional_chat_templates"
+"""Folder beside them, where a tokenizer has several chat templates."""
 
 
 @dataclass(frozen=True)
@@ -121,4 +126,6 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     names = sorted({path.name for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
     for name in names:
         shutil.copyfile(source / name, target / name)
+    if (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, target / MORE_TEMPLATES)
     return names

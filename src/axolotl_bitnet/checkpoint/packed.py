@@ -57,8 +57,8 @@ def pack_checkpoint(
 ) -> Path:
     """Pack a latent checkpoint to 2 bits a weight.
 
-    Works tensor by tensor: memory stays below twice the largest tensor. The folder appears when it is
-    complete, or not at all.
+    Works tensor by tensor: memory stays below twice the largest tensor plus 300 MiB. The folder appears when
+    it is complete, or not at all.
 
     Args:
         src: folder of latents, as training saves it: config.json, safetensors (single or sharded), tokenizer.
@@ -73,6 +73,9 @@ def pack_checkpoint(
         CheckpointError: the source cannot be read or packed, or the target exists.
     """
     latents = LatentCheckpoint(src)
+    source, target = latents.folder.resolve(), Path(dst).resolve()
+    if target == source or target in source.parents:
+        raise CheckpointError(f"{dst} would replace the latents in {src}: name another folder")
     ternary = {f"{name}.weight": name for name in latents.names.converted}
     entries: list[Entry] = []
     for entry in latents.reader.entries.values():
@@ -136,7 +139,7 @@ def read_packed(folder: str | Path) -> dict[str, Callable[[], tuple[Tensor, Tens
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
-    quantization = config.get("quantization_config", {})
+    quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") != "bitnet" or quantization.get("linear_class") != "bitlinear":
         raise CheckpointError(
             f"{folder / 'config.json'} is not a packed model's (quant_method bitnet, linear_class bitlinear)"
@@ -167,6 +170,6 @@ def _exclusions(names: Names) -> list[str]:
     expression."""
     entries = []
     for name in names.dense:
-        catches = any(other.startswith(name) or other.endswith(name) for other in names.converted)
+        catches = any(re.match(name, other) or other.endswith(name) for other in names.converted)
         entries.append(f"{re.escape(name)}$" if catches else name)
     return entries

@@ -66,15 +66,13 @@ class CheckpointReader:
     ``model.safetensors.index.json``.
 
     Raises:
-        CheckpointError: no safetensors there, a shard is missing, or the index points outside the folder.
+        CheckpointError: no safetensors there, a shard or a tensor of the index is missing, or the index
+            points outside the folder.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._files: dict[str, Path] = {}
-        for path in _shards(self.folder):
-            with _open(path) as file:
-                self._files.update(dict.fromkeys(file.keys(), path))
+        self._files = _locate(self.folder)
         self.entries = {name: self._entry(name) for name in sorted(self._files)}
 
     @property
@@ -87,7 +85,7 @@ class CheckpointReader:
         with _open(self._file(name)) as file:
             return file.get_tensor(name)
 
-    def row_blocks(self, name: str, elements: int = 1 << 22) -> Iterator[Tensor]:
+    def row_blocks(self, name: str, elements: int = 1 << 20) -> Iterator[Tensor]:
         """A matrix as blocks of whole rows of at most about ``elements`` elements, on the CPU."""
         rows, columns = self.entries[name].shape
         step = max(1, elements // max(1, columns))
@@ -178,16 +176,25 @@ def whole_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     work.chmod(0o755)  # mkdtemp's 0700 would travel with the model
     try:
         yield work
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            target.rename(old / target.name)
-            work.rename(target)
-            shutil.rmtree(old)
-        else:
-            work.rename(target)
+        _replace_folder(target, work)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _replace_folder(target: Path, work: Path) -> None:
+    """Give ``work`` the name ``target``; what had it is deleted afterwards, or gets it back on an error."""
+    if not target.exists():
+        work.rename(target)
+        return
+    old = work.with_name(work.name.replace(".partial-", ".old-"))
+    target.rename(old)
+    try:
+        work.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -215,26 +222,36 @@ def write_json(path: str | Path, data: dict[str, Any]) -> None:
     work.replace(path)
 
 
-def _shards(folder: Path) -> list[Path]:
+def _locate(folder: Path) -> dict[str, Path]:
+    """The file of every tensor."""
     index, single = folder / INDEX, folder / SINGLE
     if index.exists():
-        names = set(read_json(index).get("weight_map", {}).values())
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
+        return _locate_by_index(folder, index)
+    if single.exists():
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    other = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
+    hint = f" ({', '.join(other)} is pickle and not read: save it as safetensors)" if other else ""
+    raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}")
+
+
+def _locate_by_index(folder: Path, index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} is damaged: it has no weight_map of tensors and files")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names '{name}', which is not a safetensors file of this folder")
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{folder / shard} is missing: the index names it")
+        with _open(folder / shard) as file:
+            promised = {name for name, place in weight_map.items() if place == shard}
+            if missing := promised - set(file.keys()):
                 raise CheckpointError(
-                    f"{index} names the file '{name}', which is not a safetensors file of this folder"
+                    f"{folder / shard} lacks the tensor '{min(missing)}', which {INDEX} places there"
                 )
-        paths = [folder / name for name in sorted(names)]
-    elif single.exists():
-        paths = [single]
-    else:
-        other = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
-        hint = f" ({', '.join(other)} is pickle and not read: save it as safetensors)" if other else ""
-        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}")
-    for path in paths:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: the index names it")
-    return paths
+    return {name: folder / shard for name, shard in weight_map.items()}
 
 
 @contextmanager

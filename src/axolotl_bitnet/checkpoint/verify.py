@@ -64,10 +64,8 @@ def compare(found: Fingerprint, expected: Fingerprint) -> VerificationReport:
             report.mismatches.append(f"{name}: codes differ")
         elif candidate.scale != reference.scale:  # a NaN differs from itself, as it should
             report.mismatches.append(f"{name}: scale {candidate.scale:g}, trained {reference.scale:g}")
-    report.mismatches += [
-        f"{name} is ternary, but was not in training"
-        for name in found.tensors.keys() - expected.tensors.keys()
-    ]
+    extra = sorted(found.tensors.keys() - expected.tensors.keys())
+    report.mismatches += [f"{name} is ternary, but was not in training" for name in extra]
     return report
 
 
@@ -93,6 +91,6 @@ def read_reference(reference: str | Path | Fingerprint) -> Fingerprint:
     if run_file.exists():
         try:
             return Fingerprint.from_json(read_json(run_file)["fingerprint"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{run_file} holds no usable fingerprint: {error}") from error
     return LatentCheckpoint(folder).fingerprint()

@@ -1,0 +1,162 @@
+"""The config block and what is refused, alone and inside Axolotl's own validation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from axolotl_bitnet.integration.args import BitNetArgs, BitNetConfig, refusals
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"adapter": "lora"}, "adapter: lora"),
+    ({"adapter": "qlora"}, "adapter: qlora"),
+    ({"adapter": "some-plugins-adapter"}, "adapter: some-plugins-adapter"),
+    ({"load_in_4bit": True}, "load_in_4bit"),
+    ({"load_in_8bit": True}, "load_in_8bit"),
+    ({"qat": {"activation_dtype": "int8"}}, "qat"),
+    ({"fp8": True}, "fp8"),
+    ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
+    ({"flash_attn_fuse_mlp": True}, "flash_attn_fuse_mlp"),
+    ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3"),
+    ({"rl": "kto"}, "rl: kto"),
+    ({"rl": "grpo"}, "rl: grpo"),
+    ({"bitnet": {"learning_rate_scope": "ternary"}, "optimizer": "muon"}, "optimizer: muon"),
+    ({"bitnet": {"learning_rate_scope": "ternary"}, "optimizer": "q_galore_adamw8bit"}, "galore"),
+    ({"bitnet": {"learning_rate_scope": "ternary"}, "loraplus_lr_ratio": 2.0}, "loraplus_lr_ratio"),
+    ({"bitnet": {"learning_rate_scope": "ternary"}, "lr_scheduler": "one_cycle"}, "one_cycle"),
+]
+ALLOWED: list[dict[str, Any]] = [
+    {},
+    {"tensor_parallel_size": 1},
+    {"load_in_4bit": False, "load_in_8bit": None, "adapter": None},
+    {"rl": "dpo"},
+    {"rl": "ipo"},
+    {"rl": "orpo"},
+    {"rl": "simpo"},
+    {"deepspeed": {"zero_optimization": {"stage": 2}}},
+    {"bitnet": {"learning_rate_scope": "ternary"}, "optimizer": "adamw_torch", "lr_scheduler": "cosine"},
+    {"optimizer": "muon", "lr_scheduler": "one_cycle"},
+]
+
+
+@pytest.mark.parametrize(("keys", "words"), REFUSED)
+def test_refused_with_a_reason_only_in_a_ternary_run(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words) as caught:
+        BitNetArgs(**({"use_onebitllms": True} | keys))
+    assert "use_onebitllms" in str(caught.value) or "learning_rate_scope" in str(caught.value)
+    without_block = {key: value for key, value in keys.items() if key != "bitnet"}
+    BitNetArgs(**without_block)
+
+
+@pytest.mark.parametrize("keys", ALLOWED)
+def test_allowed(keys: dict[str, Any]) -> None:
+    assert refusals(keys) == []
+    assert BitNetArgs(**({"use_onebitllms": True} | keys)).use_onebitllms is True
+
+
+def test_every_reason_is_given_at_once() -> None:
+    with pytest.raises(ValidationError, match=r"adapter.*load_in_4bit"):
+        BitNetArgs(use_onebitllms=True, adapter="qlora", load_in_4bit=True)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("flag", [{}, {"use_onebitllms": False}, {"use_onebitllms": None}])
+def test_a_block_without_the_flag_would_train_dense(flag: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="would train a dense model"):
+        BitNetArgs(**flag, bitnet={})
+    BitNetArgs(**flag)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"learning_rate_multipler": 2},  # a misspelt key must not be dropped silently
+        {"learning_rate_multiplier": 0},
+        {"learning_rate_multiplier": float("inf")},
+        {"learning_rate_scope": "everything"},
+        {"latent_dtype": "float16"},
+        {"export": ["onnx"]},
+        {"skip_modules": "lm_head"},
+    ],
+)
+def test_wrong_values_are_refused(block: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        BitNetArgs(use_onebitllms=True, bitnet=block)
+    with pytest.raises(ValidationError):
+        BitNetConfig(**block)
+
+
+def test_defaults() -> None:
+    block = BitNetConfig()
+    assert block.model_dump() == {
+        "learning_rate_multiplier": 1.0,
+        "learning_rate_scope": "all",
+        "latent_dtype": "float32",
+        "skip_modules": [],
+        "export": ["packed"],
+        "verify": True,
+    }
+
+
+def test_deepspeed_stage_is_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    assert "ZeRO-3" in refusals({"deepspeed": str(path)})[0]
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    assert refusals({"deepspeed": str(path)}) == []
+    path.write_text("{")
+    assert refusals({"deepspeed": str(path)}) == []
+
+
+# Inside Axolotl
+
+
+def _validate(keys: dict[str, Any]) -> Any:
+    from axolotl.cli.config import prepare_plugins
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+
+    settings = {
+        "base_model": "tiiuae/Falcon-E-1B-Base-prequantized",
+        "plugins": ["axolotl_bitnet.BitNetPlugin"],
+        "use_onebitllms": True,
+        "datasets": [{"path": "data.jsonl", "type": "alpaca"}],
+        "micro_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-5,
+    }
+    cfg = DictDefault({key: value for key, value in (settings | keys).items() if value is not None})
+    prepare_plugins(cfg)
+    gpu = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 2, "compute_capability": "sm_90"}
+    return validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": "2.11.0"})
+
+
+def test_axolotl_takes_the_block() -> None:
+    cfg = _validate({"bitnet": {"learning_rate_multiplier": 10, "skip_modules": ["down_proj"]}})
+    assert cfg.use_onebitllms is True
+    assert cfg.bitnet.learning_rate_multiplier == 10 and cfg.bitnet.skip_modules == ["down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"adapter": "lora"}, "LoRA|adapter"),
+        ({"load_in_8bit": True}, "load_in_8bit"),
+        ({"bitnet": {"unknown": 1}}, "unknown"),
+        ({"use_onebitllms": None, "bitnet": {}}, "would train a dense model"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
+        ({"fsdp_version": 1, "fsdp_config": {"reshard_after_forward": True}}, "fsdp_version: 2|FSDP1"),
+        ({"rl": "kto", "datasets": [{"path": "d.jsonl", "type": "chatml.argilla"}]}, "rl: kto"),
+    ],
+)
+def test_axolotl_refuses_before_loading(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        _validate(keys)
+
+
+def test_fsdp2_is_taken() -> None:
+    cfg = _validate({"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}})
+    assert str(cfg.fsdp_version) == "2"

@@ -1,0 +1,202 @@
+"""The end of a run: what is left in the output folder, whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from axolotl_bitnet.checkpoint.artifacts import finish_run, set_aside, weight_bytes
+from axolotl_bitnet.checkpoint.stream import INDEX, SINGLE, CheckpointError, SafetensorsWriter, read_json
+from axolotl_bitnet.checkpoint.verify import RUN_FILE, VerificationError, verify_checkpoint
+from axolotl_bitnet.convert import convert_to_bitlinear
+from axolotl_bitnet.fingerprint import Fingerprint, fingerprint_model
+
+
+@pytest.fixture
+def build(tiny_model: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = tiny_model("Llama", num_hidden_layers=1)
+        convert_to_bitlinear(model)
+        return model
+
+    return build
+
+
+def save(model: nn.Module, folder: Path, **options: Any) -> Fingerprint:
+    model.save_pretrained(folder, **options)
+    (folder / "tokenizer.json").write_text("{}")
+    return fingerprint_model(model)
+
+
+def left_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+SAVED = {"config.json", "generation_config.json", "tokenizer.json", SINGLE}
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "40KB"}], ids=["single", "shards"])
+def test_packs_verifies_and_writes_it_down(
+    build: Callable[[], nn.Module], tmp_path: Path, options: dict[str, str]
+) -> None:
+    trained = save(build(), tmp_path, **options)
+    saved = left_in(tmp_path)
+    report = finish_run(tmp_path, trained, ["packed"], verify=True)
+    assert report.ok and report.layers == 7 and report.digest == trained.digest
+    assert left_in(tmp_path) == saved | {"packed", RUN_FILE}
+    assert left_in(tmp_path / "packed") == SAVED
+    record = read_json(tmp_path / RUN_FILE)
+    assert record["definition"] == 1 and Fingerprint.from_json(record["fingerprint"]) == trained
+    assert set(record["converted"]) == set(trained.tensors) and record["dense"] == ["lm_head"]
+    size = (tmp_path / "packed" / SINGLE).stat().st_size
+    assert record["artifacts"] == {
+        "packed": {"verified": True, "mismatches": [], "path": "packed", "bytes": size}
+    }
+    assert weight_bytes(tmp_path / "packed") == size < weight_bytes(tmp_path) / 3
+    assert verify_checkpoint(tmp_path / "packed", tmp_path).ok
+
+
+def test_without_verification(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """The record does not claim what was not checked."""
+    save(build(), tmp_path)
+    report = finish_run(tmp_path, fingerprint_model(build()), ["packed"], verify=False)
+    assert not report.ok
+    assert read_json(tmp_path / RUN_FILE)["artifacts"]["packed"]["verified"] is None
+    assert (tmp_path / "packed" / SINGLE).exists()
+
+
+def test_no_artifact_verifies_the_latents(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    trained = save(build(), tmp_path)
+    assert finish_run(tmp_path, trained, [], verify=True).ok
+    assert read_json(tmp_path / RUN_FILE)["artifacts"] == {"latents": {"verified": True, "mismatches": []}}
+    assert left_in(tmp_path) == SAVED | {RUN_FILE}
+
+    with pytest.raises(VerificationError, match=r"latents: NOT the trained model"):
+        finish_run(tmp_path, fingerprint_model(build()), [], verify=True)
+    assert read_json(tmp_path / RUN_FILE)["artifacts"]["latents"]["verified"] is False
+
+    assert not finish_run(tmp_path, trained, [], verify=False).ok
+    assert read_json(tmp_path / RUN_FILE)["artifacts"] == {}
+
+
+def test_what_is_not_the_trained_model_gets_no_name(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    save(build(), tmp_path)
+    weights = (tmp_path / SINGLE).read_bytes()
+    other = fingerprint_model(build())
+    with pytest.raises(VerificationError, match="packed: NOT the trained model") as caught:
+        finish_run(tmp_path, other, ["packed"], verify=True)
+    assert str(tmp_path) in str(caught.value)
+    assert left_in(tmp_path) == SAVED | {RUN_FILE}  # no packed, no half of it
+    assert (tmp_path / SINGLE).read_bytes() == weights
+    record = read_json(tmp_path / RUN_FILE)
+    assert record["artifacts"]["packed"]["verified"] is False
+    assert len(record["artifacts"]["packed"]["mismatches"]) == 7
+    assert record["fingerprint"]["digest"] == other.digest
+
+
+@pytest.mark.parametrize("calls", [0, 1, 9])
+def test_disk_full_while_packing(
+    build: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    trained = save(build(), tmp_path)
+    weights = (tmp_path / SINGLE).read_bytes()
+    write, count = SafetensorsWriter.write, 0
+
+    def disk_full(self: SafetensorsWriter, name: str, tensor: Tensor) -> None:
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise OSError(28, "No space left on device")
+        write(self, name, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsWriter, "write", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            finish_run(tmp_path, trained, ["packed"], verify=True)
+    assert count == calls + 1
+    assert left_in(tmp_path) == SAVED | {RUN_FILE}
+    assert (tmp_path / SINGLE).read_bytes() == weights
+    assert read_json(tmp_path / RUN_FILE)["artifacts"] == {}
+    assert finish_run(tmp_path, trained, ["packed"], verify=True).ok  # once there is space
+
+
+# A previous run in the same folder
+
+
+def test_set_aside_of_nothing(tmp_path: Path) -> None:
+    assert set_aside(tmp_path / "none") == []
+    for name in ("config.json", "tokenizer.json", "adapter_model.safetensors", "model.safetensors.bak"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / SINGLE).write_text("a checkpoint's")
+    before = left_in(tmp_path)
+    assert set_aside(tmp_path) == []
+    assert left_in(tmp_path) == before
+    assert (tmp_path / "checkpoint-7" / SINGLE).exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "40KB"}], ids=["single", "shards"])
+def test_previous_run_is_replaced(
+    build: Callable[[], nn.Module], tmp_path: Path, options: dict[str, str]
+) -> None:
+    """Its shards and index, too, when this run saves a single file."""
+    finish_run(tmp_path, save(build(), tmp_path, **options), ["packed"], verify=True)
+    stale = {name for name in left_in(tmp_path) if name.startswith("model")} | {"packed", RUN_FILE}
+    assert (INDEX in stale) == bool(options)
+    assert set_aside(tmp_path) == sorted(stale)
+    assert left_in(tmp_path / "_previous") == stale
+    assert left_in(tmp_path) == (SAVED - {SINGLE}) | {"_previous"}
+
+    model = build()
+    trained = save(model, tmp_path)
+    assert left_in(tmp_path / "_previous") == stale  # until this run's are in place
+    assert finish_run(tmp_path, trained, ["packed"], verify=True).ok
+    assert left_in(tmp_path) == SAVED | {"packed", RUN_FILE}
+    head = load_file(tmp_path / SINGLE)["lm_head.weight"]
+    assert torch.equal(head, model.get_parameter("lm_head.weight"))
+
+
+@pytest.mark.parametrize("export", [["packed"], []])
+def test_run_that_saved_nothing(build: Callable[[], nn.Module], tmp_path: Path, export: list[str]) -> None:
+    """The previous run's weights never pass for this run's, and are not lost."""
+    finish_run(tmp_path, save(build(), tmp_path), ["packed"], verify=True)
+    weights = (tmp_path / SINGLE).read_bytes()
+    set_aside(tmp_path)
+    with pytest.raises(CheckpointError, match="holds neither"):
+        finish_run(tmp_path, fingerprint_model(build()), export, verify=False)
+    assert (tmp_path / "_previous" / SINGLE).read_bytes() == weights
+    assert not (tmp_path / "packed").exists() and not (tmp_path / SINGLE).exists()
+
+
+def test_previous_weights_outlive_a_failed_run_and_its_repetition(
+    build: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    """Two runs in a row that save nothing: the last weights that exist are still there."""
+    finish_run(tmp_path, save(build(), tmp_path), ["packed"], verify=True)
+    weights = (tmp_path / SINGLE).read_bytes()
+    for _ in range(2):
+        set_aside(tmp_path)
+        with pytest.raises(CheckpointError):
+            finish_run(tmp_path, fingerprint_model(build()), ["packed"], verify=True)
+    kept = [path.read_bytes() for path in tmp_path.rglob(SINGLE)]
+    assert weights in kept, "the second set_aside deleted the first one's weights"
+
+
+def test_previous_run_stays_when_this_one_fails_verification(
+    build: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    finish_run(tmp_path, save(build(), tmp_path), ["packed"], verify=True)
+    weights = (tmp_path / SINGLE).read_bytes()
+    set_aside(tmp_path)
+    save(build(), tmp_path)
+    with pytest.raises(VerificationError):
+        finish_run(tmp_path, fingerprint_model(build()), ["packed"], verify=True)
+    assert not (tmp_path / "packed").exists()
+    assert (tmp_path / "_previous" / SINGLE).read_bytes() == weights
+    assert (tmp_path / SINGLE).read_bytes() != weights

@@ -1,0 +1,79 @@
+"""What importing the package costs and needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import axolotl_bitnet
+
+SOURCE = Path(axolotl_bitnet.__file__).parent
+
+ALONE = """
+import sys
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("axolotl", "triton", "onebitllms", "trl", "peft", "accelerate"):
+            raise ImportError(f"{name} is not installed")
+
+sys.meta_path.insert(0, Nothing())
+import torch
+from torch import nn
+import axolotl_bitnet
+from axolotl_bitnet import BitLinear, convert_to_bitlinear, pack_checkpoint, quantize_activations, ternarize
+from axolotl_bitnet import VerificationReport, verify_checkpoint
+
+model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+assert convert_to_bitlinear(model) == ["0", "2"]
+model(torch.randn(3, 16)).sum().backward()
+assert isinstance(model[0], BitLinear) and model[0].weight.grad.abs().sum() > 0
+"""
+
+
+def _run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_it_works_without_axolotl_and_triton() -> None:
+    _run(ALONE)
+
+
+def test_importing_it_loads_next_to_nothing() -> None:
+    """The import takes under 50 ms beyond torch's because it imports nothing; so that is what is held."""
+    code = (
+        "import torch, sys; old = set(sys.modules); import axolotl_bitnet; print(*(set(sys.modules) - old))"
+    )
+    assert set(_run(code).split()) <= {"axolotl_bitnet", "typing", "importlib"}
+
+
+def test_public_names_are_few_and_there() -> None:
+    assert len(axolotl_bitnet.__all__) <= 14
+    for name in axolotl_bitnet.__all__:
+        if name != "BitNetPlugin":
+            assert getattr(axolotl_bitnet, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        axolotl_bitnet.nothing  # noqa: B018
+
+
+def test_rooms_import_downwards_only() -> None:
+    """Only integration/ imports axolotl; training/ and checkpoint/ know neither each other nor it."""
+    forbidden = {
+        "": ("axolotl.", "axolotl ", "..integration", ".integration", ".checkpoint", ".training", ".plugin"),
+        "checkpoint": ("axolotl.", "axolotl ", "..integration", "..training"),
+        "training": ("axolotl.", "axolotl ", "..integration", "..checkpoint"),
+    }
+    for room, words in forbidden.items():
+        for path in (SOURCE / room).glob("*.py"):
+            if path.name in ("__init__.py", "__main__.py"):
+                continue
+            imports = [
+                line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))
+            ]
+            for line in imports:
+                assert not any(line.split(" ", 1)[1].startswith(word) for word in words), (
+                    f"{path.name}: {line}"
+                )

@@ -25,8 +25,8 @@ test: ## run the tests on Python 3.11 with the oldest supported Axolotl
 test-latest: ## run the tests on Python 3.12 with the newest supported Axolotl
 	@$(call in,latest) python -m pytest $(ARGS)
 
-lint: ## ruff on everything, mypy on the package
-	@$(call in,oldest) ruff check . && mypy
+lint: ## ruff (rules and format) on everything, mypy on the package
+	@$(call in,oldest) ruff check . && ruff format --check . && mypy
 
 demo: ## train a tiny ternary model (SFT, DPO), pack it, ask it: minutes on a CPU
 	@scripts/demo.sh

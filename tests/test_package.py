@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ SOURCE = Path(axolotl_bitnet.__file__).parent
 
 ALONE = """
 import sys
+import zipfile
 
 class Nothing:
     def find_spec(self, name, path=None, target=None):
@@ -77,3 +80,31 @@ def test_rooms_import_downwards_only() -> None:
                 assert not any(line.split(" ", 1)[1].startswith(word) for word in words), (
                     f"{path.name}: {line}"
                 )
+
+
+def test_the_wheel_carries_code_and_recipes(tmp_path: Path) -> None:
+    pytest.importorskip("build")
+    pytest.importorskip("hatchling")
+    root = SOURCE.parents[1]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(root),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    target = tmp_path / "recipes"
+    arguments = [sys.executable, "-m", "axolotl_bitnet", "recipes", str(target)]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    subprocess.run(arguments, check=True, capture_output=True, cwd=tmp_path, env=environment)
+    for path in (root / "examples" / "falcon-e").glob("*.yaml"):
+        assert (target / path.name).read_bytes() == path.read_bytes()
+    assert (target / "tiny" / "train.jsonl").is_file()

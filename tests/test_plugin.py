@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import safe_open
 
 pytest.importorskip("axolotl")
 
+from packaging.version import Version
 from runs import ROOT, TINY, config, preference, train
 from transformers import AutoTokenizer
 
@@ -59,10 +61,9 @@ class _NoOnebitllms:
 
 
 def test_a_run_learns_packs_and_verifies(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "meta_path", [_NoOnebitllms(), *sys.meta_path])
-    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
     run = train(config(tmp_path, base, max_steps=8, bitnet={"learning_rate_multiplier": 3}))
     out = tmp_path / "out"
 
@@ -72,6 +73,10 @@ def test_a_run_learns_packs_and_verifies(
     assert len(layers) == 14 and not isinstance(run.model.lm_head, BitLinear)
     assert run.cfg.use_onebitllms is True  # hidden from Axolotl's core only while it loads
 
+    printed = "".join(capfd.readouterr())
+    assert printed.count("base 0.001 x multiplier 3 = effective 0.003 (all parameters)") == 1
+    assert printed.count("verified: 14 ternary layers") == 1
+
     record = _record(out)
     assert record["converted"] == layers and record["dense"] == ["lm_head"]
     assert record["artifacts"]["packed"]["verified"] is True
@@ -80,6 +85,22 @@ def test_a_run_learns_packs_and_verifies(
     assert {"tokenizer.json", "tokenizer_config.json", "config.json"} <= {
         path.name for path in (out / "packed").iterdir()
     }
+
+
+@pytest.mark.skipif(
+    Version(version("axolotl")) < Version("0.21"),
+    reason="Axolotl finds plugins by their entry points since 0.21",
+)
+def test_the_flag_alone_is_enough(base: Path, tmp_path: Path) -> None:
+    settings = config(tmp_path, base, plugins=None, max_steps=1)
+    assert "plugins" not in settings
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    runs = [sys.executable, str(ROOT / "tests" / "runs.py")]
+    subprocess.run(
+        [*runs, str(tmp_path / "config.json"), str(tmp_path / "result.json")], check=True, timeout=300
+    )
+    assert "onebitllms" not in json.loads((tmp_path / "result.json").read_text())["modules"]
+    assert verify_checkpoint(tmp_path / "out" / "packed", tmp_path / "out").ok
 
 
 def test_latents_are_float32_unless_asked_otherwise(base: Path, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 from pydantic import ValidationError
 
 from axolotl_bitnet.integration.args import BitNetArgs, BitNetConfig, refusals
@@ -155,6 +157,16 @@ def test_axolotl_takes_the_block() -> None:
 def test_axolotl_refuses_before_loading(keys: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         _validate(keys)
+
+
+@pytest.mark.parametrize("ternary", [True, None])
+def test_falcon_e_shards_and_dense_falcons_are_left_to_axolotl(ternary: bool | None) -> None:
+    keys = {"use_onebitllms": ternary, "fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
+    if ternary or Version(version("axolotl")) < Version("0.21"):
+        assert _validate(keys).fsdp_config
+    else:
+        with pytest.raises(ValueError, match="FSDP is not supported for falcon"):
+            _validate(keys)
 
 
 def test_fsdp2_is_taken() -> None:

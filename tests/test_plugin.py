@@ -251,6 +251,7 @@ def test_microsofts_bitnet_trains_and_packs(tmp_path: Path, tiny_model: MakeMode
             "quantized already",
         ),
         ({"intermediate_size": 130}, "up_proj has out_features = 130"),
+        ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "experts .* fuses its experts"),
     ],
 )
 def test_a_base_that_cannot_work_is_refused_before_its_weights_are_read(

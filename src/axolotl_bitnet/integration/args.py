@@ -63,6 +63,11 @@ class BitNetArgs(BaseModel):
     )
     bitnet: BitNetConfig | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Runs on Axolotl's merged class, before pydantic collects its validators."""
+        super().__init_subclass__(**kwargs)
+        _let_llama_falcons_shard(cls)
+
     @model_validator(mode="before")
     @classmethod
     def refuse_what_cannot_work(cls, data: Any) -> Any:
@@ -91,6 +96,18 @@ class BitNetArgs(BaseModel):
                 "Set `fsdp_version: 2`"
             )
         return self
+
+
+def _let_llama_falcons_shard(merged: Any) -> None:
+    """Axolotl 0.21 refuses FSDP for every base with "falcon" in its name. It means the old architecture, that
+    the plugin refuses by its config; Falcon-E and Falcon3 are Llamas. Nothing changes without the flag."""
+    original = getattr(merged, "check_falcon_fsdp", None)
+    if original is not None:
+
+        def check_falcon_fsdp(self: Any) -> Any:
+            return self if self.use_onebitllms else original(self)
+
+        merged.check_falcon_fsdp = check_falcon_fsdp
 
 
 # Optimizers that build parameter groups of their own, past Axolotl's lr_groups.

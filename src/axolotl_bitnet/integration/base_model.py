@@ -23,6 +23,10 @@ def check_base(cfg: Any, skip_modules: list[str]) -> None:
         it.
     """
     config = load_model_config(cfg)
+    if config.model_type == "falcon" and cfg.fsdp_config:
+        raise ConversionError(
+            "FSDP does not support the Falcon architecture (Falcon-E and Falcon3 are Llamas, and work)"
+        )
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         entries = dict(quantization) if isinstance(quantization, Mapping) else quantization.to_dict()

@@ -89,16 +89,14 @@ class _BitLinear(torch.autograd.Function):
 
 
 def _input_gradient(dy: Tensor, codes_w: Tensor, s: Tensor) -> Tensor:
-    """``dY . (codes_w / s)``. Codes are exact in bf16 where ``1 / s`` is not, so the scale is applied
-    afterwards."""
+    """``dY . (codes_w / s)``. Codes are exact in bf16 where ``1 / s`` is not, so the scale comes last."""
     if dy.dtype == torch.float16:  # unscaled sums overflow there; 1 / s loses little in 11 bits
         return dy @ dequantize(codes_w, s, dy.dtype)
     return dequantize(dy @ codes_w.to(dy.dtype), s, dy.dtype)
 
 
 class _Slot(threading.local):
-    """The last quantized activation of this thread, held weakly: what q, k and v or gate and up read in
-    turn."""
+    """The last quantized activation of this thread, held weakly: q, k and v read it in turn."""
 
     held: tuple[TensorWeakRef, TensorWeakRef, TensorWeakRef] | None = None  # x, its codes, its scales
     key: tuple[int, torch.dtype] | None = None

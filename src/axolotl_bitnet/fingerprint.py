@@ -26,8 +26,7 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", 
 
 @dataclass(frozen=True)
 class TensorFingerprint:
-    """Shape (rows, columns), digest of the codes (16 hex digits), scale ``s`` and number of zero codes of a
-    matrix."""
+    """Shape (rows, columns), digest of the codes (16 hex digits), scale ``s`` and number of zero codes."""
 
     shape: tuple[int, int]
     codes: str
@@ -149,6 +148,8 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def _whole(weight: Tensor) -> Tensor:
-    full = getattr(weight, "full_tensor", None)  # a DTensor's
-    return full() if full is not None else weight
+def _whole(weight: Any) -> Tensor:
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None:
+        return weight
+    return weight.to(mesh.device_type).full_tensor()  # a DTensor, whose shards may be offloaded to the CPU

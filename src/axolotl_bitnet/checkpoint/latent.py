@@ -38,8 +38,7 @@ MORE_TEMPLATES = "additional_chat_templates"
 
 @dataclass(frozen=True)
 class Names:
-    """Names of a checkpoint's linear layers, from its config: the ternary ones and those that stayed
-    dense."""
+    """Names of a checkpoint's linear layers, from its config: the ternary ones and the dense ones."""
 
     converted: list[str]
     dense: list[str]

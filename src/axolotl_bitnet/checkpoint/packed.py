@@ -44,8 +44,7 @@ def pack_codes(codes: Tensor) -> Tensor:
 
 
 def unpack_codes(packed: Tensor) -> Tensor:
-    """uint8 (rows / 4, columns) to int8 codes (rows, columns). Bits 11 give the code 2, which no packer
-    writes."""
+    """uint8 (rows / 4, columns) to int8 codes (rows, columns). Bits 11 give 2, which no packer writes."""
     return torch.cat([(packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)])
 
 
@@ -166,8 +165,7 @@ def fingerprint_packed(folder: str | Path) -> Fingerprint:
 
 def _exclusions(names: Names) -> list[str]:
     """``modules_to_not_convert``. Transformers matches an entry as a prefix or a suffix of a module's name
-    too, so one that would catch a ternary layer (``mlp.gate`` in ``mlp.gate_proj``) is written as an anchored
-    expression."""
+    too, so one that would catch a ternary layer (``mlp.gate`` in ``mlp.gate_proj``) is anchored."""
     entries = []
     for name in names.dense:
         catches = any(re.match(name, other) or other.endswith(name) for other in names.converted)

@@ -99,7 +99,7 @@ class BitNetArgs(BaseModel):
 
 
 def _let_llama_falcons_shard(merged: Any) -> None:
-    """Axolotl 0.21 refuses FSDP for every base with "falcon" in its name. It means the old architecture, that
+    """Axolotl 0.21 refuses FSDP for every base with "falcon" in its name. It means the old models, which
     the plugin refuses by its config; Falcon-E and Falcon3 are Llamas. Nothing changes without the flag."""
     original = getattr(merged, "check_falcon_fsdp", None)
     if original is not None:
@@ -189,8 +189,7 @@ def _scope_refusals(cfg: Mapping[str, Any]) -> list[str]:
 
 
 def _deepspeed_stage(deepspeed: Any) -> int | None:
-    """ZeRO stage of a DeepSpeed config given as a dict or a path; None when there is none or it cannot be
-    read."""
+    """ZeRO stage of a DeepSpeed config given as a dict or a path; None where there is none to read."""
     if isinstance(deepspeed, str):
         path = Path(deepspeed)
         if not path.is_file():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,7 @@ class BitNetPlugin(BasePlugin):
         options = _options(cfg)
         check_base(cfg, options.skip_modules)
         if _sharded(cfg):
-            # The merge of a sharded final save takes the last checkpoint's weights, in bfloat16, if there is
-            # any.
+            # Merging a sharded final save takes the last checkpoint's weights, if there is one, in bfloat16.
             cfg.fsdp_config.final_state_dict_type = cfg.fsdp_config.final_state_dict_type or "FULL_STATE_DICT"
         cfg.use_onebitllms = None
         cfg.bitnet_hidden = True
@@ -163,8 +163,7 @@ def _sharded(cfg: Any) -> bool:
 
 
 def _holds_weights(cfg: Any) -> bool:
-    """Whether this process has the base's weights: with cpu_ram_efficient_loading only the first of a node
-    does."""
+    """Whether this process has the base's weights; with cpu_ram_efficient_loading a node's first one does."""
     efficient = bool(cfg.fsdp_config) and bool(cfg.fsdp_config.cpu_ram_efficient_loading)
     return not efficient or int(os.environ.get("LOCAL_RANK", "0")) == 0
 
@@ -179,7 +178,7 @@ def _stored_float32(cfg: Any) -> dict[str, Any]:
     except CheckpointError:
         return {}  # no safetensors: random weights, or files that are not read
     wanted = [entry.name for entry in reader.entries.values() if entry.dtype == torch.float32]
-    return {name: (lambda name=name: reader.tensor(name)) for name in wanted}
+    return {name: partial(reader.tensor, name) for name in wanted}
 
 
 def _is_main_process() -> bool:

@@ -16,14 +16,10 @@ SOURCE = Path(axolotl_bitnet.__file__).parent
 
 ALONE = """
 import sys
-import zipfile
 
-class Nothing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("axolotl", "triton", "onebitllms", "trl", "peft", "accelerate"):
-            raise ImportError(f"{name} is not installed")
+for name in ("axolotl", "triton", "onebitllms", "trl", "peft", "accelerate"):
+    sys.modules[name] = None  # what an import finds is: not installed
 
-sys.meta_path.insert(0, Nothing())
 import torch
 from torch import nn
 import axolotl_bitnet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,6 +53,15 @@ def _record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "bitnet.json").read_text())
 
 
+class _Log(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 class _NoOnebitllms:
     """An import hook that fails where onebitllms is imported."""
 
@@ -60,10 +70,11 @@ class _NoOnebitllms:
             raise AssertionError("onebitllms was imported")
 
 
-def test_a_run_learns_packs_and_verifies(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_learns_packs_and_verifies(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "meta_path", [_NoOnebitllms(), *sys.meta_path])
+    log = _Log()
+    monkeypatch.setattr(plugin_module.LOG, "handlers", [log])
+    monkeypatch.setattr(plugin_module.LOG, "level", logging.INFO)
     run = train(config(tmp_path, base, max_steps=8, bitnet={"learning_rate_multiplier": 3}))
     out = tmp_path / "out"
 
@@ -73,9 +84,9 @@ def test_a_run_learns_packs_and_verifies(
     assert len(layers) == 14 and not isinstance(run.model.lm_head, BitLinear)
     assert run.cfg.use_onebitllms is True  # hidden from Axolotl's core only while it loads
 
-    printed = "".join(capfd.readouterr())
-    assert printed.count("base 0.001 x multiplier 3 = effective 0.003 (all parameters)") == 1
-    assert printed.count("verified: 14 ternary layers") == 1
+    said = "\n".join(log.lines)
+    assert said.count("base 0.001 x multiplier 3 = effective 0.003 (all parameters)") == 1
+    assert said.count("verified: 14 ternary layers") == 1
 
     record = _record(out)
     assert record["converted"] == layers and record["dense"] == ["lm_head"]

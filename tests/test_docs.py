@@ -81,8 +81,7 @@ def test_command(document: str, command: str, workplace: Path, monkeypatch: pyte
     elif words[0] == "python":
         script = ROOT / words[1]
         assert script.is_file()
-        arguments = [word.replace("--gib 1.5", "--gib 0.05") for word in words[2:]]
-        result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+        result = subprocess.run([sys.executable, script, *words[2:]], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-3000:]
     else:
         pytest.fail(f"{document} documents a command that no test runs: {command}")

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from axolotl_bitnet.checkpoint.latent import LatentCheckpoint, Names, copy_companions, read_names
+from axolotl_bitnet.checkpoint.latent import LatentCheckpoint, copy_companions, read_plan
 from axolotl_bitnet.checkpoint.stream import SINGLE, CheckpointError, CheckpointReader, read_json, write_json
-from axolotl_bitnet.convert import CONFIG_KEY, convert_to_bitlinear
+from axolotl_bitnet.convert import CONFIG_KEY, Plan, convert_to_bitlinear
 from axolotl_bitnet.fingerprint import fingerprint_model
 from axolotl_bitnet.ternary import ternarize
 
@@ -85,10 +85,10 @@ def test_names(model: nn.Module, tmp_path: Path) -> None:
 @pytest.mark.parametrize("entry", [None, {}, [], "yes", {"converted": []}, {"dense": ["lm_head"]}])
 def test_names_that_a_config_does_not_say(entry: Any) -> None:
     config = {"model_type": "llama", CONFIG_KEY: {"converted": ["a"]}}
-    assert read_names(config, "here") == Names(["a"], [])
+    assert read_plan(config, "here") == Plan(["a"], [])
     config |= {CONFIG_KEY: entry}
     with pytest.raises(CheckpointError, match=r"here does not say which layers.*convert_to_bitlinear"):
-        read_names(config, "here")
+        read_plan(config, "here")
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import axolotl_bitnet
 from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.checkpoint.latent import LatentCheckpoint, Names
+from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
 from axolotl_bitnet.checkpoint.packed import (
     _exclusions,
     fingerprint_packed,
@@ -39,7 +39,7 @@ from axolotl_bitnet.checkpoint.stream import (
     read_json,
     write_json,
 )
-from axolotl_bitnet.convert import CONFIG_KEY, convert_to_bitlinear
+from axolotl_bitnet.convert import CONFIG_KEY, Plan, convert_to_bitlinear
 from axolotl_bitnet.fingerprint import fingerprint_model
 from axolotl_bitnet.ternary import ternarize
 
@@ -325,7 +325,7 @@ def test_config(zoo: Zoo, case: str, source: str) -> None:
 
 
 def test_config_details() -> None:
-    names = Names(["up"], ["lm_head"])
+    names = Plan(["up"], ["lm_head"])
     old = {"torch_dtype": "float32", "rope_parameters": {"rope_theta": 1000042, "rope_type": "default"}}
     before = copy.deepcopy(old)
     new = packed_config(old, names)
@@ -345,13 +345,13 @@ def test_config_details() -> None:
 
 LAYER = "model.layers.0"
 TRAPS = {
-    "prefix": Names([f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj"], [f"{LAYER}.mlp.gate"]),
-    "number": Names(["h.11", "h.12.a"], ["h.1"]),
-    "suffix": Names(["model.layers.0.in_proj", "b.in_proj"], ["proj", "in_proj"]),
-    "head": Names(["decoder.lm_head"], ["lm_head"]),
-    "prefix of a head": Names(["lm_head_norm.proj"], ["lm_head"]),
-    "expression": Names(["a.b+c.up", "a.bbc.up"], ["a.b+c", "a.b"]),
-    "dot": Names([f"{LAYER}.mlpxgate"], [f"{LAYER}.mlp.gate"]),
+    "prefix": Plan([f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj"], [f"{LAYER}.mlp.gate"]),
+    "number": Plan(["h.11", "h.12.a"], ["h.1"]),
+    "suffix": Plan(["model.layers.0.in_proj", "b.in_proj"], ["proj", "in_proj"]),
+    "head": Plan(["decoder.lm_head"], ["lm_head"]),
+    "prefix of a head": Plan(["lm_head_norm.proj"], ["lm_head"]),
+    "expression": Plan(["a.b+c.up", "a.bbc.up"], ["a.b+c", "a.b"]),
+    "dot": Plan([f"{LAYER}.mlpxgate"], [f"{LAYER}.mlp.gate"]),
 }
 
 
@@ -373,9 +373,9 @@ def test_exclusions_as_transformers_reads_them(trap: str) -> None:
 def test_exclusions_stay_plain_where_they_can() -> None:
     """MLX and others read them as plain names."""
     dense = ["lm_head", "model.layers.1.mlp.down_proj"]
-    names = Names(["model.layers.0.mlp.down_proj", "model.layers.10.mlp.down_proj"], dense)
+    names = Plan(["model.layers.0.mlp.down_proj", "model.layers.10.mlp.down_proj"], dense)
     assert _exclusions(names) == dense
-    assert _exclusions(Names(["a"], [])) == []
+    assert _exclusions(Plan(["a"], [])) == []
 
 
 # What comes along

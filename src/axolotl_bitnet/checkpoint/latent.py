@@ -4,14 +4,13 @@ model."""
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..convert import CONFIG_KEY
+from ..convert import CONFIG_KEY, Plan
 from ..fingerprint import Fingerprint, TensorFingerprint, digest_rows, merge_digests
 from ..ternary import abs_sum, absmean, codes_of, scale_of
 from .stream import CheckpointError, CheckpointReader, read_json
@@ -36,16 +35,8 @@ MORE_TEMPLATES = "additional_chat_templates"
 """Folder beside them, where a tokenizer has several chat templates."""
 
 
-@dataclass(frozen=True)
-class Names:
-    """Names of a checkpoint's linear layers, from its config: the ternary ones and the dense ones."""
-
-    converted: list[str]
-    dense: list[str]
-
-
-def read_names(config: dict[str, Any], where: str | Path) -> Names:
-    """The list that conversion wrote.
+def read_plan(config: dict[str, Any], where: str | Path) -> Plan:
+    """Names of a checkpoint's ternary and dense linear layers, as conversion wrote them into its config.
 
     Raises:
         CheckpointError: the config has none, so the checkpoint was not trained with BitLinear layers of this
@@ -57,7 +48,7 @@ def read_names(config: dict[str, Any], where: str | Path) -> Names:
             f"{where} does not say which layers are ternary (no '{CONFIG_KEY}' key): it was not trained by "
             "axolotl-bitnet. Load it, call convert_to_bitlinear(model) and save it again"
         )
-    return Names(list(entry["converted"]), list(entry.get("dense", [])))
+    return Plan(list(entry["converted"]), list(entry.get("dense", [])))
 
 
 class LatentCheckpoint:
@@ -70,7 +61,7 @@ class LatentCheckpoint:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
-        self.names = read_names(self.config, self.folder / "config.json")
+        self.names = read_plan(self.config, self.folder / "config.json")
         self.reader = CheckpointReader(self.folder)
         for name in self.names.converted:
             entry = self.reader.entries.get(f"{name}.weight")

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert import ROWS_PER_BYTE
+from ..convert import ROWS_PER_BYTE, Plan
 from ..fingerprint import Fingerprint, fingerprint_codes
-from .latent import LatentCheckpoint, Names, copy_companions, read_names
+from .latent import LatentCheckpoint, copy_companions, read_plan
 from .stream import (
     SINGLE,
     CheckpointError,
@@ -112,7 +112,7 @@ def pack_checkpoint(
     return Path(dst)
 
 
-def packed_config(config: dict[str, Any], names: Names) -> dict[str, Any]:
+def packed_config(config: dict[str, Any], names: Plan) -> dict[str, Any]:
     """A latent checkpoint's config.json turned into a packed one's."""
     packed = {key: value for key, value in config.items() if key != "torch_dtype"}
     packed["dtype"] = "bfloat16"
@@ -144,7 +144,7 @@ def read_packed(folder: str | Path) -> dict[str, Callable[[], tuple[Tensor, Tens
             f"{folder / 'config.json'} is not a packed model's (quant_method bitnet, linear_class bitlinear)"
         )
     reader = CheckpointReader(folder)
-    names = read_names(config, folder / "config.json")
+    names = read_plan(config, folder / "config.json")
 
     def load(name: str) -> tuple[Tensor, Tensor]:
         return unpack_codes(reader.tensor(f"{name}.weight")), reader.tensor(f"{name}.weight_scale")
@@ -163,7 +163,7 @@ def fingerprint_packed(folder: str | Path) -> Fingerprint:
     return Fingerprint({name: fingerprint_codes(*load()) for name, load in read_packed(folder).items()})
 
 
-def _exclusions(names: Names) -> list[str]:
+def _exclusions(names: Plan) -> list[str]:
     """``modules_to_not_convert``. Transformers matches an entry as a prefix or a suffix of a module's name
     too, so one that would catch a ternary layer (``mlp.gate`` in ``mlp.gate_proj``) is anchored."""
     entries = []

@@ -73,12 +73,12 @@ class CheckpointReader:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._files = _locate(self.folder)
-        self.entries = {name: self._entry(name) for name in sorted(self._files)}
-
-    @property
-    def files(self) -> list[Path]:
-        """The weight files, in order."""
-        return sorted(set(self._files.values()))
+        found: dict[str, Entry] = {}
+        for path in set(self._files.values()):
+            with _open(path) as file:
+                inside = (name for name, place in self._files.items() if place == path)
+                found |= {name: _entry(file, name, path) for name in inside}
+        self.entries = dict(sorted(found.items()))
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor, on the CPU."""
@@ -97,16 +97,6 @@ class CheckpointReader:
         if name not in self._files:
             raise CheckpointError(f"{self.folder} holds no tensor '{name}'")
         return self._files[name]
-
-    def _entry(self, name: str) -> Entry:
-        with _open(self._files[name]) as file:
-            view = file.get_slice(name)
-            dtype = DTYPES.get(view.get_dtype())
-            if dtype is None:
-                raise CheckpointError(
-                    f"{self._files[name]}: tensor '{name}' has the unsupported dtype {view.get_dtype()}"
-                )
-            return Entry(name, dtype, tuple(view.get_shape()))
 
 
 class SafetensorsWriter:
@@ -220,6 +210,14 @@ def write_json(path: str | Path, data: dict[str, Any]) -> None:
     work = path.with_name(f".{path.name}.partial")
     work.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     work.replace(path)
+
+
+def _entry(file: Any, name: str, path: Path) -> Entry:
+    view = file.get_slice(name)
+    dtype = DTYPES.get(view.get_dtype())
+    if dtype is None:
+        raise CheckpointError(f"{path}: tensor '{name}' has the unsupported dtype {view.get_dtype()}")
+    return Entry(name, dtype, tuple(view.get_shape()))
 
 
 def _locate(folder: Path) -> dict[str, Path]:

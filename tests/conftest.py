@@ -104,3 +104,16 @@ def tiny_model() -> Callable[..., nn.Module]:
         return getattr(transformers, f"{family}For{head}")(config)
 
     return build
+
+
+@pytest.fixture
+def pair(tiny_model: Callable[..., nn.Module]) -> Callable[..., tuple[nn.Module, nn.Module]]:
+    """``pair("Llama", dtype, **config)``: one random model converted as it is, and fused."""
+    from layers import pair_of
+
+    def build(
+        family: str = "Llama", dtype: torch.dtype = torch.float32, **overrides: Any
+    ) -> tuple[nn.Module, nn.Module]:
+        return pair_of(tiny_model(family, **overrides).to(dtype))
+
+    return build

@@ -98,6 +98,8 @@ def test_defaults() -> None:
         "learning_rate_scope": "all",
         "latent_dtype": "float32",
         "skip_modules": [],
+        "fuse": True,
+        "int8_grad": False,
         "export": ["packed"],
         "verify": True,
     }

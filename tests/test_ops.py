@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import silu
 
-from axolotl_bitnet import ops, ternary
+from axolotl_bitnet import ops, plain, ternary
+from axolotl_bitnet.bitlinear import bitlinear
+
+EPS = 1e-6
+OPERATIONS = [
+    "ternarize",
+    "dequantized_weight",
+    "transposed_codes",
+    "quantize_activations",
+    "dequantize_activations",
+    "matmul",
+    "swiglu_quantize",
+    "swiglu_backward",
+    "rmsnorm_quantize",
+    "rmsnorm_backward",
+    "pack_codes",
+    "unpack_codes",
+]
+GRADIENTS = {"swiglu_backward", "rmsnorm_backward"}
 
 
 def floats() -> list[tuple[str, Tensor]]:
@@ -28,6 +50,7 @@ def floats() -> list[tuple[str, Tensor]]:
         ("bf16 sliced", randn(6, 20).bfloat16()[1:5, 2::3]),
         ("expanded", randn(1, 9).expand(4, 9)),
         ("bf16 expanded", randn(1, 9).bfloat16().expand(4, 9)),
+        ("one token", randn(12)),
         ("no rows", randn(0, 8)),
     ]
 
@@ -35,17 +58,69 @@ def floats() -> list[tuple[str, Tensor]]:
 by_name = pytest.mark.parametrize(
     "name, x", floats(), ids=lambda value: value if isinstance(value, str) else ""
 )
+by_operation = pytest.mark.parametrize("operation", OPERATIONS)
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
 
+def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bias: bool = True) -> list[Any]:
+    """Arguments of an operation that grow from x, of its dtype and, where that is allowed, of its strides."""
+    columns = x.shape[-1]
+    latents = (x if x.dim() == 2 else x.reshape(-1, columns)) if x.numel() else torch.randn(8, columns)
+    g = ternary.absmean(ternary.abs_sum(latents), latents.numel())
+    up, dy = torch.randn_like(x), torch.randn_like(x)
+    _, r_h = ternary.quantize_activations(silu(x) * up)
+    codes_x, r_x = ternary.quantize_activations(x.contiguous())
+    codes_w, s = ternary.ternarize(torch.randn(8, columns))
+    four = ternary.ternarize(torch.randn(columns, 8).t())[0]  # as many rows as bytes want, and transposed
+    norm = torch.randn(columns).to(x.dtype)
+    rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
+    return {
+        "ternarize": [latents],
+        "dequantized_weight": [latents, g, dtype],
+        "transposed_codes": [latents, g],
+        "quantize_activations": [x, dtype, 1e-30 if bias else ternary.EPSILON],
+        "dequantize_activations": [codes_x, r_x, dtype],
+        "matmul": [codes_x, r_x, codes_w, s, torch.randn(8) if bias else None, dtype],
+        "swiglu_quantize": [x, up],
+        "swiglu_backward": [dy, x, up, r_h],
+        "rmsnorm_quantize": [x, norm, EPS, dtype],
+        "rmsnorm_backward": [dy, x, norm, rstd],
+        "pack_codes": [four],
+        "unpack_codes": [plain.pack_codes(four).t().contiguous().t()],
+    }[operation]
+
+
+def registered(operation: str) -> Callable[..., Any]:
+    return getattr(torch.ops.axolotl_bitnet, operation)
+
+
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+# Registration
+
+
+def test_every_operation_is_tested() -> None:
+    names = torch._C._dispatch_get_all_op_names()
+    prefix = "axolotl_bitnet::"
+    assert sorted(n.removeprefix(prefix) for n in names if n.startswith(prefix)) == sorted(OPERATIONS)
+
+
+@by_operation
 @by_name
-def test_opcheck_ternarize(name: str, x: Tensor) -> None:
-    if x.numel():
-        torch.library.opcheck(torch.ops.axolotl_bitnet.ternarize.default, (x,))
+def test_opcheck(operation: str, name: str, x: Tensor) -> None:
+    torch.library.opcheck(registered(operation).default, tuple(arguments(operation, x)))
 
 
-@by_name
-def test_opcheck_quantize_activations(name: str, x: Tensor) -> None:
-    torch.library.opcheck(torch.ops.axolotl_bitnet.quantize_activations.default, (x,))
+@pytest.mark.parametrize("bias", [False, True])
+@by_dtype
+@pytest.mark.parametrize(
+    "operation", ["dequantized_weight", "quantize_activations", "dequantize_activations", "matmul"]
+)
+def test_opcheck_in_every_dtype(operation: str, dtype: torch.dtype, bias: bool) -> None:
+    given = tuple(arguments(operation, torch.randn(2, 3, 12), dtype, bias))
+    torch.library.opcheck(registered(operation).default, given)
 
 
 def layout(x: Tensor) -> tuple[torch.dtype, torch.Size, list[int]]:
@@ -54,88 +129,189 @@ def layout(x: Tensor) -> tuple[torch.dtype, torch.Size, list[int]]:
     return x.dtype, x.shape, strides
 
 
+@by_operation
 @by_name
-def test_the_compiler_is_told_the_true_layout(name: str, x: Tensor) -> None:
+def test_the_compiler_is_told_the_true_layout(operation: str, name: str, x: Tensor) -> None:
     """What the fake implementations promise, strides too, is what the real ones return."""
-    codes_x, r = ternary.quantize_activations(x)
-    codes_w, s = ternary.ternarize(torch.randn(8, x.shape[-1]))
-    registered = torch.ops.axolotl_bitnet
-    for operation, tensors, rest in (
-        (registered.quantize_activations, (x,), ()),
-        (registered.ternarize, (x if x.numel() else codes_w.float(),), ()),
-        (registered.matmul, (codes_x, r, codes_w, s), (torch.bfloat16,)),
-    ):
-        real = operation(*tensors, *rest)
-        with FakeTensorMode() as mode:
-            fake = operation(*map(mode.from_tensor, tensors), *rest)
-        for one, other in zip(as_tuple(real), as_tuple(fake), strict=True):
-            assert layout(one) == layout(other)
+    given = arguments(operation, x)
+    real = registered(operation)(*given)
+    with FakeTensorMode() as mode:
+        fake = registered(operation)(
+            *(mode.from_tensor(one) if isinstance(one, Tensor) else one for one in given)
+        )
+    for one, other in zip(as_tuple(real), as_tuple(fake), strict=True):
+        assert layout(one) == layout(other)
+        assert one.is_contiguous()
 
 
-def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+# Values
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def definition(operation: str, given: list[Any]) -> tuple[Tensor, ...]:
+    """What the operation is, by the formulas of :mod:`axolotl_bitnet.ternary`."""
+    match operation, given:
+        case "ternarize", [weight]:
+            g = ternary.absmean(ternary.abs_sum(weight), weight.numel())
+            return *ternary.ternarize(weight), g
+        case "dequantized_weight", [weight, _, dtype]:
+            return (ternary.dequantize(*ternary.ternarize(weight), dtype),)
+        case "transposed_codes", [weight, _]:
+            codes, s = ternary.ternarize(weight)
+            return codes.t(), s
+        case "quantize_activations", [x, dtype, floor]:
+            return ternary.quantize_activations(x.to(dtype), floor)
+        case "dequantize_activations", [codes, r, dtype]:
+            return ((codes.float() / r).to(dtype),)
+        case "matmul", [codes_x, r, codes_w, s, bias, dtype]:
+            product = (codes_x.long() @ codes_w.long().t()).float()
+            y = (product / (r * s.float())).to(dtype)
+            return (y if bias is None else y + bias.to(dtype),)
+        case "swiglu_quantize", [gate, up]:
+            return ternary.quantize_activations(silu(gate) * up)
+        case "rmsnorm_quantize", [x, weight, eps, dtype]:
+            rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+            y = (x.float() * rstd).to(x.dtype) * weight
+            return y, *ternary.quantize_activations(y.to(dtype)), rstd
+        case "pack_codes", [codes]:
+            first, *rest = (codes.long() + 1).reshape(4, -1, codes.shape[1])
+            return (sum((part << 2 * i for i, part in enumerate(rest, 1)), first).to(torch.uint8),)
+        case "unpack_codes", [packed]:
+            return (torch.cat([(packed.long() >> shift) % 4 - 1 for shift in (0, 2, 4, 6)]).to(torch.int8),)
+    raise AssertionError(f"{operation} has no definition here")
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name not in GRADIENTS])
 @by_name
-def test_opcheck_matmul(name: str, x: Tensor, dtype: torch.dtype) -> None:
-    codes_x, r = ternary.quantize_activations(x)
-    codes_w, s = ternary.ternarize(torch.randn(8, x.shape[-1]))
-    torch.library.opcheck(torch.ops.axolotl_bitnet.matmul.default, (codes_x, r, codes_w, s, dtype))
+@by_dtype
+def test_operations_are_the_definition(operation: str, name: str, x: Tensor, dtype: torch.dtype) -> None:
+    for bias in (False, True):
+        given = arguments(operation, x, dtype, bias)
+        expected = definition(operation, given)
+        for made in (registered(operation)(*given), getattr(ops, operation)(*given)):
+            for one, other in zip(as_tuple(made), expected, strict=True):
+                assert one.dtype == other.dtype and torch.equal(one, other)
 
 
-def test_opcheck_matmul_of_one_token_without_batch() -> None:
-    codes_x, r = ternary.quantize_activations(torch.randn(12))
-    codes_w, s = ternary.ternarize(torch.randn(5, 12))
-    torch.library.opcheck(torch.ops.axolotl_bitnet.matmul.default, (codes_x, r, codes_w, s, torch.float32))
+def assert_near(found: Tensor, exact: Tensor, terms: Tensor, roundings: float) -> None:
+    """Within so many roundings, in found's dtype, of what was added up; beside float32's own."""
+    unit = torch.finfo(found.dtype).eps / 2
+    bound = (roundings * unit + 30 * 2.0**-24) * terms + torch.finfo(found.dtype).tiny
+    assert found.shape == exact.shape and ((found.double() - exact).abs() <= bound).all()
 
 
 @by_name
-def test_operations_are_the_definition(name: str, x: Tensor) -> None:
-    weight = torch.randn(8, x.shape[-1])
-    codes_x, r = ternary.quantize_activations(x)
-    codes_w, s = ternary.ternarize(weight)
-    product = ternary.dequantize_output(ternary.matmul_codes(codes_x, codes_w), r, s)
-    registered = torch.ops.axolotl_bitnet
-    for made, expected in (
-        (registered.quantize_activations(x), (codes_x, r)),
-        (ops.quantize_activations(x), (codes_x, r)),
-        (registered.ternarize(weight), (codes_w, s)),
-        (ops.ternarize(weight), (codes_w, s)),
-        ((registered.matmul(codes_x, r, codes_w, s, torch.bfloat16),), (product.bfloat16(),)),
-        ((ops.matmul(codes_x, r, codes_w, s, torch.float32),), (product,)),
-    ):
-        for one, other in zip(made, expected, strict=True):
-            assert one.dtype == other.dtype and torch.equal(one, other)
+def test_swiglu_backward_is_the_gradient(name: str, x: Tensor) -> None:
+    dy, gate, up, r = arguments("swiglu_backward", x)
+    wide = [one.detach().double().requires_grad_() for one in (gate, up)]
+    exact = torch.autograd.grad(silu(wide[0]) * wide[1], wide, dy.double())
+    codes, _ = ternary.quantize_activations(silu(gate) * up)
+    for function in (registered("swiglu_backward"), ops.swiglu_backward):
+        dgate, dup, h = function(dy, gate, up, r)
+        assert_near(dgate, exact[0], (dy * up).double().abs() * (1 + gate.double().abs()), 2)
+        assert_near(dup, exact[1], exact[1].abs(), 2)
+        assert h.dtype == x.dtype and torch.equal(h, ternary.dequantize(codes, r, x.dtype))
+
+
+@by_name
+def test_rmsnorm_backward_is_the_gradient(name: str, x: Tensor) -> None:
+    dy, _, weight, rstd = arguments("rmsnorm_backward", x)
+    wide = [one.detach().double().requires_grad_() for one in (x, weight)]
+    normal = wide[0] * torch.rsqrt(wide[0].square().mean(-1, keepdim=True) + EPS)
+    exact = torch.autograd.grad(normal * wide[1], wide, dy.double())
+    normal, weighted = normal.detach().abs(), (dy.double() * wide[1].detach()).abs()
+    terms = rstd.double() * (weighted + normal * (weighted * normal).mean(-1, keepdim=True))
+    for function in (registered("rmsnorm_backward"), ops.rmsnorm_backward):
+        dx, dw = function(dy, x, weight, rstd)
+        assert_near(dx, exact[0], terms, 2)
+        assert_near(dw, exact[1], (dy.double().abs() * normal).reshape(-1, x.shape[-1]).sum(0), 2)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_row_poisons_its_row_alone(bad: float) -> None:
+    """In the fused operations too: codes 0 and a NaN scale, and NaN where the product was quantized."""
+    x, up, weight = torch.randn(3, 8), torch.randn(3, 8), torch.ones(8)
+    x[1, 2] = bad
+    up[1, 2] = 1.0 if bad != -torch.inf else bad  # silu(-inf) is 0, or NaN
+    codes, r = ops.swiglu_quantize(x, up)
+    assert not codes[1].any() and r.isnan().flatten().tolist() == [False, True, False]
+    *_, h = ops.swiglu_backward(torch.ones(3, 8), x, up, r)
+    assert h[1].isnan().all() and h[[0, 2]].isfinite().all()
+    _, codes, r, _ = ops.rmsnorm_quantize(x, weight, EPS, torch.bfloat16)
+    assert not codes[1].any() and r.isnan().flatten().tolist() == [False, True, False]
+
+
+# Eager and compiled
 
 
 def test_eager_calls_do_not_go_through_the_dispatcher() -> None:
     """The operations cost a dispatch each; only torch.compile needs them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        codes_x, r = ops.quantize_activations(torch.randn(4, 8))
-        codes_w, s = ops.ternarize(torch.randn(4, 8))
-        ops.matmul(codes_x, r, codes_w, s, torch.float32)
+        for operation in OPERATIONS:
+            getattr(ops, operation)(*arguments(operation, torch.randn(4, 8)))
     names = {event.key for event in profile.key_averages()}
     assert "aten::linear" in names and not any(name.startswith("axolotl_bitnet::") for name in names)
 
 
-def test_compiled_operations_are_whole() -> None:
-    """Three opaque calls under torch.compile, no graph break; a compiler that saw inside would fuse them."""
-    graphs = []
+def test_tensor_subclasses_go_through_the_dispatcher() -> None:
+    """They have no data of their own to hand to a kernel; a Parameter does."""
 
-    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
+    class Wrapped(Tensor):
+        pass
 
-    @torch.compile(backend=backend, fullgraph=True)
-    def layer(x: Tensor, weight: Tensor) -> Tensor:
-        return ops.matmul(*ops.quantize_activations(x), *ops.ternarize(weight), torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.ternarize(torch.nn.Parameter(torch.randn(4, 8)))
+        codes, _, _ = ops.ternarize(torch.randn(4, 8).as_subclass(Wrapped))
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts.get("axolotl_bitnet::ternarize") == 1 and codes.shape == (4, 8)
 
-    x, weight = torch.randn(5, 12), torch.randn(8, 12)
-    y = layer(x, weight)
-    assert torch.equal(y, ops.matmul(*ops.quantize_activations(x), *ops.ternarize(weight), torch.float32))
-    (graph,) = graphs
-    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-    for operation in ("quantize_activations", "ternarize", "matmul"):
-        assert sum(f"axolotl_bitnet.{operation}" in name for name in called) == 1, called
-    assert not any("round" in name or "amax" in name for name in called)
+
+@pytest.mark.parametrize("int8_grad", [False, True])
+def test_compiled_operations_are_whole(int8_grad: bool) -> None:
+    """Opaque calls under torch.compile, no graph break; a compiler that saw inside would fuse them."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    graphs: list[list[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    x, weight = torch.randn(5, 12, requires_grad=True), torch.randn(8, 12, requires_grad=True)
+    layer = torch.compile(bitlinear, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    y = layer(x, weight, None, int8_grad)
+    dy = torch.randn_like(y)
+    found = [y, *torch.autograd.grad(y, [x, weight], dy)]
+    expected = bitlinear(x, weight, None, int8_grad)
+    for one, other in zip(found, [expected, *torch.autograd.grad(expected, [x, weight], dy)], strict=True):
+        assert torch.equal(one, other)
+
+    forward, backward = ([name for name in called if "axolotl_bitnet" in name] for called in graphs)
+    of_x = ["quantize_activations", "transposed_codes", "matmul"] if int8_grad else ["dequantized_weight"]
+    assert operations(forward) == ["matmul", "quantize_activations", "ternarize"]
+    assert operations(backward) == sorted(["dequantize_activations", *of_x])
+    inside = [name for called in graphs for name in called]
+    assert not any(
+        part in name for name in inside for part in ("round", "amax", "abs", "reciprocal", "nan_to")
+    )
+
+
+def operations(called: list[str]) -> list[str]:
+    return sorted(name.split(".")[1] for name in called)
+
+
+def test_an_operation_compiles_for_any_length() -> None:
+    """Dynamic shapes: one compilation, and rows of no length that was seen before."""
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def both(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return *ops.rmsnorm_quantize(x, weight, EPS, x.dtype), *ops.swiglu_quantize(x, x + 1)
+
+    weight = torch.randn(12)
+    for tokens in (5, 9, 2):
+        x = torch.randn(3, tokens, 12)
+        with torch.compiler.set_stance("default" if tokens == 5 else "fail_on_recompile"):
+            found = both(x, weight)
+        expected = *ops.rmsnorm_quantize(x, weight, EPS, x.dtype), *ops.swiglu_quantize(x, x + 1)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)

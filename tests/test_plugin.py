@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-pytest.importorskip("axolotl")
+pytest.importorskip("axolotl.cli")  # sets up logging, and would take away a handler that was there before
 
 from packaging.version import Version
 from runs import ROOT, TINY, config, preference, train

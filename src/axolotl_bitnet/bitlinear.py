@@ -9,23 +9,29 @@ arXiv:1308.3432) gives::
 
     dX = dY . (codes_w / s)        dW = dY^T . (codes_x / r)        dB = sum dY
 
-No gradient flows through the scales and nothing is masked. Backward needs the codes of x, its scales and the
-weight Parameter itself; a copy of the weight would pin every unsharded matrix under FSDP, so the codes are
-made again.
+No gradient flows through the scales and nothing is masked. Backward needs the codes of x (a byte an element),
+its scales, the weight Parameter itself and its absmean; a copy of the weight would pin every unsharded matrix
+under FSDP, so the codes are made again.
+
+``int8_grad`` computes dX on the int8 tensor cores too: dY is quantized as activations are, a scale a token,
+and the weight is exact in int8 as it is.
 """
 
 from __future__ import annotations
 
-import threading
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import TensorWeakRef
 
 from . import ops
-from .ternary import dequantize
+from .code_cache import ternarize
+
+_GRADIENT_FLOOR = 1e-30  # of a mean over many tokens, gradients lie far below the floor of activations
 
 
 class BitLinear(nn.Linear):
@@ -35,90 +41,138 @@ class BitLinear(nn.Linear):
     dtype under autocast. ``weight`` holds the latents (out_features, in_features), float32 or bfloat16.
     """
 
+    int8_grad: bool = False
+    """Whether the gradient of x is computed from 8-bit dY; set on an instance by the conversion."""
+
     def forward(self, input: Tensor) -> Tensor:
-        return bitlinear(input, self.weight, self.bias)
+        return bitlinear(input, self.weight, self.bias, self.int8_grad)
 
 
-def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, int8_grad: bool = False) -> Tensor:
     """Functional form of :class:`BitLinear`.
 
     Args:
         x: (..., in_features), floating point, any rank >= 1.
         weight: latents (out_features, in_features).
         bias: (out_features,) or None.
+        int8_grad: compute the gradient of x from 8-bit dY.
 
     Returns:
         (..., out_features) in x's dtype (the autocast dtype under autocast).
     """
-    device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    # A backward called inside an autocast region would turn float32 codes into bf16, and lose the integers.
-    with torch.autocast(device, enabled=False):
-        codes, scale = _shared_codes(x, dtype)
-        return _BitLinear.apply(x.to(dtype), codes, scale, weight, bias)
+    dtype = compute_dtype(x)
+    with no_autocast(x):
+        codes, r = shared_codes(x, dtype)
+        return _BitLinear.apply(x, codes, r, weight, bias, dtype, int8_grad)
 
 
 class _BitLinear(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, codes_x: Tensor, r: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        codes_w, s = ops.ternarize(weight)
-        y = ops.matmul(codes_x, r, codes_w, s, x.dtype)
-        return y if bias is None else y + bias.to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, codes_x, r, weight, _ = inputs
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codes_x: Tensor,
+        r: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        int8_grad: bool,
+    ) -> Tensor:
+        codes_w, s, g = ternarize(weight)
         ctx.save_for_backward(codes_x, r, weight)
+        ctx.g, ctx.x_dtype, ctx.int8_grad = g, x.dtype, int8_grad  # one number: not worth a saved-tensor hook
+        return ops.matmul(codes_x, r, codes_w, s, bias, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         codes_x, r, weight = ctx.saved_tensors
-        needs_x, _, _, needs_weight, needs_bias = ctx.needs_input_grad
+        needs_x, _, _, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         dx = dw = db = None
-        with torch.autocast(dy.device.type, enabled=False):
+        with no_autocast(dy):
             if needs_x:
-                dx = _input_gradient(dy, *ops.ternarize(weight))
+                dx = input_gradient(dy, weight, ctx.g, ctx.int8_grad).to(ctx.x_dtype)
             if needs_weight:
-                x_hat = dequantize(codes_x, r, dy.dtype)
-                dw = dy.flatten(0, -2).t() @ x_hat.flatten(0, -2) if dy.dim() > 1 else torch.outer(dy, x_hat)
-                dw = dw.to(weight.dtype)
+                dw = weight_gradient(dy, ops.dequantize_activations(codes_x, r, dy.dtype), weight.dtype)
             if needs_bias:
                 db = dy.flatten(0, -2).sum(0) if dy.dim() > 1 else dy
-        return dx, None, None, dw, db
+        return dx, None, None, dw, db, None, None
 
 
-def _input_gradient(dy: Tensor, codes_w: Tensor, s: Tensor) -> Tensor:
-    """``dY . (codes_w / s)``. Codes are exact in bf16 where ``1 / s`` is not, so the scale comes last."""
-    if dy.dtype == torch.float16:  # unscaled sums overflow there; 1 / s loses little in 11 bits
-        return dy @ dequantize(codes_w, s, dy.dtype)
-    return dequantize(dy @ codes_w.to(dy.dtype), s, dy.dtype)
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a layer computes in: autocast's, or x's own."""
+    device = _autocast_device(x)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-class _Slot(threading.local):
-    """The last quantized activation of this thread, held weakly: q, k and v read it in turn."""
-
-    held: tuple[TensorWeakRef, TensorWeakRef, TensorWeakRef] | None = None  # x, its codes, its scales
-    key: tuple[int, torch.dtype] | None = None
-
-
-_slot = _Slot()
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast would turn float32 codes into bfloat16, in a backward too, and lose the integers."""
+    device = _autocast_device(x)
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _shared_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes and scales of ``x.to(dtype)``, made once for layers that read the same tensor one after another.
+def _autocast_device(x: Tensor) -> str:
+    return "cpu" if x.is_meta else x.device.type  # autocast knows no meta
 
-    A write through ``x.data`` between two readers goes unseen. Off in inference mode (no versions there) and
-    under torch.compile (which finds common subexpressions itself).
+
+def input_gradient(dy: Tensor, weight: Tensor, g: Tensor, int8_grad: bool) -> Tensor:
+    """``dY . (codes_w / s)``, (..., in_features) in dY's dtype."""
+    if int8_grad:
+        codes, r = ops.quantize_activations(dy, dy.dtype, _GRADIENT_FLOOR)
+        return ops.matmul(codes, r, *ops.transposed_codes(weight, g), None, dy.dtype)
+    return dy @ ops.dequantized_weight(weight, g, dy.dtype)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``dY^T . x`` summed over tokens, (out_features, in_features) as ``dtype``."""
+    rows = dy.reshape(-1, dy.shape[-1]).t()
+    x = x.reshape(-1, x.shape[-1])
+    if x.is_cuda and dtype == torch.float32 and x.dtype != dtype:
+        return torch.mm(rows, x, out_dtype=dtype)  # the accumulator as it is: no rounding, and no cast
+    return (rows @ x).to(dtype)
+
+
+def shared_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and scales of ``x.to(dtype)``, made once for all layers that read the same tensor.
+
+    They hang on the tensor object, which q, k and v (or gate and up) get in turn, and go with it. A write
+    through ``x.data`` between two readers goes unseen. Off in inference mode (no versions there) and under
+    torch.compile (which finds common subexpressions itself).
     """
     if torch.compiler.is_compiling() or x.is_inference():
-        return ops.quantize_activations(x.detach().to(dtype))
-    key = (x._version, dtype)
-    if _slot.held is not None and _slot.key == key:
-        source, codes, scale = (reference() for reference in _slot.held)
-        if source is x and codes is not None and scale is not None:
-            return codes, scale
-    codes, scale = ops.quantize_activations(x.detach().to(dtype))
-    _slot.held = (TensorWeakRef(x), TensorWeakRef(codes), TensorWeakRef(scale))
-    _slot.key = key
-    return codes, scale
+        return ops.quantize_activations(x.detach(), dtype)
+    held = getattr(x, _HELD, None)
+    if held is not None and held.owner() is x and held.version == x._version and held.dtype == dtype:
+        return held.codes, held.r
+    codes, r = ops.quantize_activations(x.detach(), dtype)
+    share_codes(x, dtype, codes, r)
+    return codes, r
+
+
+def share_codes(x: Tensor, dtype: torch.dtype, codes: Tensor, r: Tensor) -> None:
+    """Leave on x the codes and scales of ``x.to(dtype)``, for :func:`shared_codes`."""
+    setattr(x, _HELD, _Held(weakref.ref(x), x._version, dtype, codes, r))
+
+
+_HELD = "_axolotl_bitnet_codes"
+
+
+@dataclass(slots=True)
+class _Held:
+    """What hangs on a tensor. Copies and pickles of the tensor go without: their versions start anew."""
+
+    owner: weakref.ref[Tensor]
+    version: int
+    dtype: torch.dtype
+    codes: Tensor
+    r: Tensor
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None

@@ -85,11 +85,12 @@ def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes_of(weight, g), scale_of(g)
 
 
-def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor, floor: float = EPSILON) -> tuple[Tensor, Tensor]:
     """Quantize activations to 8 bits, one scale a token (the last dimension).
 
     Args:
         x: (..., features), any rank >= 1, any strides, floating point.
+        floor: least value of max|x| that the scale takes; gradients, which are small, need a lower one.
 
     Returns:
         ``(codes, r)``: int8 codes of x's shape and float32 scales, shape (..., 1). ``codes / r`` approximates
@@ -97,7 +98,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.to(torch.float32)
     a = x.abs().amax(dim=-1, keepdim=True)
-    a = torch.where(torch.isfinite(a), a, torch.nan).clamp(min=EPSILON)
+    a = torch.where(torch.isfinite(a), a, torch.nan).clamp(min=floor)
     r = a.reciprocal() * 127
     return torch.nan_to_num(x * r, nan=0.0).round_().clamp_(-128, 127).to(torch.int8), r
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert import ROWS_PER_BYTE, Plan
+from ..convert import Plan
 from ..fingerprint import Fingerprint, fingerprint_codes
+from ..plain import ROWS_PER_BYTE, pack_codes, unpack_codes
 from .latent import LatentCheckpoint, copy_companions, read_plan
 from .stream import (
     SINGLE,
@@ -29,23 +30,6 @@ from .stream import (
     whole_folder,
     write_json,
 )
-
-
-def pack_codes(codes: Tensor) -> Tensor:
-    """int8 codes (rows, columns) to uint8 (rows / 4, columns).
-
-    Raises:
-        ValueError: rows is not a multiple of 4.
-    """
-    if codes.shape[0] % ROWS_PER_BYTE:
-        raise ValueError(f"{codes.shape[0]} rows cannot be packed: not a multiple of {ROWS_PER_BYTE}")
-    first, second, third, fourth = (codes + 1).to(torch.uint8).chunk(ROWS_PER_BYTE)
-    return first | second << 2 | third << 4 | fourth << 6
-
-
-def unpack_codes(packed: Tensor) -> Tensor:
-    """uint8 (rows / 4, columns) to int8 codes (rows, columns). Bits 11 give 2, which no packer writes."""
-    return torch.cat([(packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)])
 
 
 def pack_checkpoint(

@@ -43,6 +43,18 @@ class BitNetConfig(BaseModel):
             "description": "Linear layers left dense beside the output head: names, ends, parents or globs."
         },
     )
+    fuse: bool = Field(
+        default=True,
+        json_schema_extra={
+            "description": "Fuse Llama-shaped MLPs and norms with the quantization behind them: same codes."
+        },
+    )
+    int8_grad: bool = Field(
+        default=False,
+        json_schema_extra={
+            "description": "Compute the gradients of the layers' inputs on int8 tensor cores, from 8-bit dY."
+        },
+    )
     export: list[Literal["packed"]] = Field(
         default_factory=lambda: ["packed"],  # type: ignore[arg-type]
         json_schema_extra={"description": "Artifacts made after training; [] for none."},

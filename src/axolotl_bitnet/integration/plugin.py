@@ -22,6 +22,7 @@ from ..checkpoint.stream import CheckpointError, CheckpointReader
 from ..convert import CONFIG_KEY, convert_to_bitlinear
 from ..fingerprint import Fingerprint, fingerprint_model
 from ..preflight import preflight
+from ..training.keep_codes import KeepCodes
 from ..training.latents import match_reference, restore_low_bits, ternary_name_patterns, upcast_trainable
 from .args import BitNetConfig
 from .base_model import check_base, local_folder
@@ -58,7 +59,8 @@ class BitNetPlugin(BasePlugin):
         cfg.bitnet_hidden = None
         cfg.use_onebitllms = True
         was_dense = not cfg.reinit_weights and not hasattr(model.config, CONFIG_KEY)
-        names = convert_to_bitlinear(model, _options(cfg).skip_modules)
+        options = _options(cfg)
+        names = convert_to_bitlinear(model, options.skip_modules, options.fuse, options.int8_grad)
         found = preflight(model, names) if _holds_weights(cfg) else None
         if found is None or cfg.bitnet_rate_applied:  # a reference model: the same base, already spoken of
             return
@@ -88,6 +90,12 @@ class BitNetPlugin(BasePlugin):
         _info(
             "learning rate: base %g x multiplier %g = effective %g (%s)", base, multiplier, effective, reach
         )
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        if not cfg.use_onebitllms or cfg.fsdp_config or cfg.deepspeed:  # whole weights are not there to keep
+            return []
+        rereads = (cfg.gradient_accumulation_steps or 1) > 1 or bool(cfg.gradient_checkpointing)
+        return [KeepCodes()] if rereads else []
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if not cfg.use_onebitllms:

@@ -1,0 +1,56 @@
+"""Ternary codes kept while no weight can change: between one optimizer step and the next.
+
+A step of several micro-batches, or with activation checkpointing, reads every weight more than once, and
+would quantize it each time. Whether a weight changed in between cannot be told by looking: fused optimizers
+do not bump its version, and writes through ``.data`` never do. So nothing is kept unless the one who runs the
+loop says that the weights stand still, and until when: here the Trainer's own callbacks do, from the first
+micro-batch to the optimizer step. What is kept is a byte a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+_Codes = tuple[Tensor, Tensor, Tensor]  # codes, s, g
+_kept: dict[int, tuple[Tensor, int, int, _Codes]] | None = None
+
+
+def ternarize(weight: Tensor) -> _Codes:
+    """:func:`axolotl_bitnet.ops.ternarize`, once for as long as the weights are said to stand still."""
+    if torch.compiler.is_compiling() or _kept is None:
+        return ops.ternarize(weight)
+    address = weight.data_ptr()
+    entry = _kept.get(id(weight))
+    if entry is not None and entry[0] is weight and entry[1:3] == (weight._version, address):
+        return entry[3]
+    codes = ops.ternarize(weight)
+    _kept[id(weight)] = weight, weight._version, address, codes
+    return codes
+
+
+def keep_codes() -> None:
+    """From now on, no weight changes. What an earlier call kept is forgotten."""
+    global _kept
+    _kept = {}
+
+
+def forget_codes() -> None:
+    """From now on, weights may change."""
+    global _kept
+    _kept = None
+
+
+@contextmanager
+def weights_stand_still() -> Iterator[None]:
+    """For training loops of one's own: no weight changes inside this block."""
+    keep_codes()
+    try:
+        yield
+    finally:
+        forget_codes()

@@ -1,0 +1,98 @@
+"""Launching a kernel with little Python.
+
+``kernel[grid](...)`` finds the compiled kernel anew from every argument, which takes longer than many of our
+kernels run. Here the caller says in a short key what the compiled kernel depends on, and the second launch
+with the same key goes straight to it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .arithmetic import INTERPRET
+
+_MOST = 10_000  # launches remembered; shapes of a training run are far fewer
+_launches: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+
+class Tiled(TensorDescriptor):
+    """A TMA descriptor of a contiguous matrix, unchecked when it is used a second time."""
+
+    def __post_init__(self) -> None:
+        pass
+
+    def checked(self) -> TensorDescriptor:
+        return TensorDescriptor(self.base, self.shape, self.strides, self.block_shape)
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    device: int,
+    key: tuple[Any, ...],
+    args: tuple[Any, ...],
+    warps: int,
+    stages: int = 3,
+) -> None:
+    """Run ``kernel`` on a GPU's current stream.
+
+    Args:
+        kernel: a function under ``triton.jit``.
+        programs: size of its one-dimensional grid.
+        device: index of the GPU, negative in the interpreter.
+        key: whatever decides the kernel's compilation: dtypes, integer arguments (or what Triton specializes
+            them on), constants, and the alignment of pointers that may lack it (:func:`aligned`).
+        args: all of the kernel's arguments in order, its constants too.
+        warps: warps a program.
+        stages: of software pipelining.
+    """
+    key = (kernel.__name__, programs, device, key)
+    run = _launches.get(key)
+    if device >= 0 and not _only_gpu() and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _launch(kernel, programs, device, key, run, args, warps, stages)
+    return _launch(kernel, programs, device, key, run, args, warps, stages)
+
+
+def _launch(
+    kernel: Any, programs: int, device: int, key: tuple[Any, ...], run: Callable[..., None] | None,
+    args: tuple[Any, ...], warps: int, stages: int,
+) -> None:  # fmt: skip
+    if run is not None:
+        run(*args)
+        return
+    args = tuple(arg.checked() if isinstance(arg, Tiled) else arg for arg in args)
+    compiled = kernel[(programs,)](*args, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+    if not INTERPRET:
+        if len(_launches) >= _MOST:
+            _launches.clear()
+        _launches[key] = _direct(compiled, programs, device)
+
+
+def _direct(compiled: Any, programs: int, device: int) -> Callable[..., None]:
+    """What ``compiled[grid]`` does, less its lookups and hooks; itself, should Triton change it."""
+    start = ["gridX", "gridY", "gridZ", "stream", "function"]
+    if list(inspect.signature(compiled.run).parameters)[: len(start)] != start:
+        return compiled[(programs, 1, 1)]
+    stream_of = driver.active.get_current_stream
+    run = partial(compiled.run, programs, 1, 1)
+    no_hooks = (compiled.function, compiled.packed_metadata, None, None, None)
+    return lambda *args: run(stream_of(device), *no_hooks, *args)
+
+
+@cache
+def _only_gpu() -> bool:
+    return torch.cuda.device_count() == 1
+
+
+def aligned(*tensors: Tensor) -> tuple[bool, ...]:
+    """Whether each begins at 16 bytes, which Triton's loads depend on; a fresh tensor always does."""
+    return tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors)

@@ -1,0 +1,218 @@
+"""int8 x ternary matrix product, scaled in the epilogue. Twin: ``matmul_codes`` and ``dequantize_output`` of
+:mod:`axolotl_bitnet.ternary`.
+
+``y = float32(codes_x . codes_w^T) / (r s)``, then the output dtype, then the bias. The integers are exact
+(int32 holds 2**31 / 128 of columns), and the division is correctly rounded: the row's ``1 / (r s)`` and one
+correction by fused multiply-add (Markstein 1990), which costs a fraction of a division an element.
+
+On Hopper and later, persistent programs read and write tiles by TMA; elsewhere, and for shapes whose rows
+do not begin at 16 bytes, one program a tile reads through pointers.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arithmetic import INTERPRET, cast, ceil_div, reciprocal
+from .launch import Tiled, aligned, launch
+
+_GROUP = 8  # rows of tiles that are walked together
+
+
+@triton.jit
+def _tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Coordinates of the tile-th tile, in bands of GROUP rows of tiles, so that neighbours share L2 lines."""
+    band = tile // (GROUP * tiles_n)
+    rows = tl.minimum(tiles_m - band * GROUP, GROUP)
+    inside = tile % (GROUP * tiles_n)
+    return band * GROUP + inside % rows, inside // rows
+
+
+@triton.jit
+def _scaled(product, scale, inverse, bias, dtype: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """float32(product) / scale, correctly rounded, as ``dtype``, plus the bias."""
+    product = product.to(tl.float32)
+    if INTERPRET:
+        y = tl.div_rn(product, tl.broadcast_to(scale, product.shape))
+    else:
+        y = product * inverse
+        y = tl.fma(tl.fma(-y, tl.broadcast_to(scale, product.shape), product), inverse, y)
+    y = cast(y, dtype)
+    if HAS_BIAS:
+        y = cast(y.to(tl.float32) + cast(bias.to(tl.float32), dtype).to(tl.float32)[None, :], dtype)
+    return y
+
+
+@triton.jit
+def _matmul_tma(
+    x_desc, w_desc, y_desc, r_ptr, s_ptr, bias_ptr, rows, out_features, columns,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = y_desc.dtype
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(out_features, BLOCK_N)
+    steps = tl.cdiv(columns, BLOCK_K)
+    s = tl.load(s_ptr).to(tl.float32)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+        tile_m, tile_n = _tile(tile, tiles_m, tiles_n, GROUP)
+        row = tile_m * BLOCK_M
+        column = tile_n * BLOCK_N
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        for step in range(steps):
+            x = x_desc.load([row, step * BLOCK_K])
+            w = w_desc.load([column, step * BLOCK_K])
+            product = tl.dot(x, w.T, product, out_dtype=tl.int32)
+
+        place = row + tl.arange(0, BLOCK_M)
+        scale = (tl.load(r_ptr + place, mask=place < rows, other=1.0) * s)[:, None]
+        inverse = reciprocal(scale)
+        # By parts of the tile: the staging buffer of the store then leaves room for one more stage of loads.
+        part: tl.constexpr = BLOCK_N // SPLIT
+        if SPLIT == 2:
+            halves = tl.permute(tl.reshape(product, (BLOCK_M, 2, part)), (0, 2, 1))
+            left, right = tl.split(halves)
+            for half in tl.static_range(2):
+                at = column + half * part
+                bias = s
+                if HAS_BIAS:
+                    n = at + tl.arange(0, part)
+                    bias = tl.load(bias_ptr + n, mask=n < out_features, other=0.0)
+                if half == 0:
+                    y_desc.store([row, at], _scaled(left, scale, inverse, bias, dtype, HAS_BIAS))
+                else:
+                    y_desc.store([row, at], _scaled(right, scale, inverse, bias, dtype, HAS_BIAS))
+        else:
+            bias = s
+            if HAS_BIAS:
+                n = column + tl.arange(0, BLOCK_N)
+                bias = tl.load(bias_ptr + n, mask=n < out_features, other=0.0)
+            y_desc.store([row, column], _scaled(product, scale, inverse, bias, dtype, HAS_BIAS))
+
+
+@triton.jit
+def _matmul_pointers(
+    x_ptr, w_ptr, y_ptr, r_ptr, s_ptr, bias_ptr, rows, out_features, columns,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    tile_m, tile_n = _tile(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x_rows = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * columns
+    w_rows = w_ptr + tl.minimum(n, out_features - 1).to(tl.int64)[:, None] * columns
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(0, columns, BLOCK_K):
+        inside = (start + k < columns)[None, :]
+        x = tl.load(x_rows + (start + k)[None, :], mask=inside, other=0)
+        w = tl.load(w_rows + (start + k)[None, :], mask=inside, other=0)
+        product = tl.dot(x, w.T, product, out_dtype=tl.int32)
+
+    scale = (tl.load(r_ptr + m, mask=m < rows, other=1.0) * tl.load(s_ptr).to(tl.float32))[:, None]
+    bias = scale
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + n, mask=n < out_features, other=0.0)
+    y = _scaled(product, scale, reciprocal(scale), bias, y_ptr.dtype.element_ty, HAS_BIAS)
+    place = y_ptr + m.to(tl.int64)[:, None] * out_features + n[None, :]
+    tl.store(place, y, mask=(m < rows)[:, None] & (n < out_features)[None, :])
+
+
+class Tiles(NamedTuple):
+    """How a product is cut: tile sizes, stages of loads, warps, into how many parts a tile is stored, and
+    programs that share a multiprocessor (one multiplies while another stores)."""
+
+    m: int
+    n: int
+    k: int
+    stages: int
+    warps: int
+    split: int = 1
+    residents: int = 1
+
+
+def tma_tiles(rows: int, out_features: int, itemsize: int) -> Tiles:
+    """For Hopper, as measured on an H200 (benchmarks/results/each_kernel.csv)."""
+    if rows <= 64:
+        return Tiles(64, 64, 128, 4, 4)
+    if out_features <= 512:
+        return Tiles(128, 64, 128, 3, 4, 1, 2)
+    if itemsize > 2:
+        return Tiles(128, 128, 128, 2, 8, 2, 2)
+    return Tiles(128, 128, 128, 3, 8 if out_features <= 4096 else 4, 2, 2)
+
+
+def pointer_tiles(rows: int) -> Tiles:
+    """For Ampere and Ada, within the 99 KiB of shared memory that the smaller GPUs have."""
+    return Tiles(32, 64, 64, 4, 4) if rows <= 64 else Tiles(128, 128, 64, 3, 8)
+
+
+@cache
+def _gpu(index: int) -> tuple[int, bool]:
+    """Multiprocessors, and whether there is TMA."""
+    if index < 0:
+        return 2, True  # the interpreter
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.major >= 9
+
+
+def matmul(
+    codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``(codes_x . codes_w^T) / (r s)`` as ``dtype``, plus the bias: (..., out_features).
+
+    Args:
+        codes_x: int8 (..., K), contiguous, not empty.
+        r: float32 (..., 1).
+        codes_w: int8 (out_features, K), contiguous, not empty.
+        s: bfloat16 (1,).
+        bias: (out_features,) or None.
+        dtype: float32, bfloat16 or float16.
+    """
+    out_features, columns = codes_w.shape
+    rows = r.numel()
+    y = torch.empty(*codes_x.shape[:-1], out_features, dtype=dtype, device=codes_x.device)
+    multiprocessors, has_tma = _gpu(codes_x.get_device())
+    key = (dtype, rows, out_features, columns, None if bias is None else (bias.dtype, *aligned(bias)))
+    operands = (codes_x, r, codes_w, s, bias, y, rows)
+    if has_tma and columns % 16 == 0 and out_features * dtype.itemsize % 16 == 0:
+        launch_tma(*operands, key, multiprocessors, tma_tiles(rows, out_features, dtype.itemsize))
+    else:
+        launch_pointers(*operands, key, pointer_tiles(rows))
+    return y
+
+
+def launch_tma(
+    codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor, bias: Tensor | None, y: Tensor, rows: int,
+    key: tuple[Any, ...], multiprocessors: int, tiles: Tiles,
+) -> None:  # fmt: skip
+    out_features, columns = codes_w.shape
+    persistent = multiprocessors * tiles.residents
+    programs = min(persistent, ceil_div(rows, tiles.m) * ceil_div(out_features, tiles.n))
+    args = (
+        Tiled(codes_x, [rows, columns], [columns, 1], [tiles.m, tiles.k]),
+        Tiled(codes_w, [out_features, columns], [columns, 1], [tiles.n, tiles.k]),
+        Tiled(y, [rows, out_features], [out_features, 1], [tiles.m, tiles.n // tiles.split]),
+        r, s, s if bias is None else bias, rows, out_features, columns,
+        tiles.m, tiles.n, tiles.k, _GROUP, programs, bias is not None, tiles.split,
+    )  # fmt: skip
+    launch(_matmul_tma, programs, y.get_device(), key, args, tiles.warps, tiles.stages)
+
+
+def launch_pointers(
+    codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor, bias: Tensor | None, y: Tensor, rows: int,
+    key: tuple[Any, ...], tiles: Tiles,
+) -> None:  # fmt: skip
+    out_features, columns = codes_w.shape
+    programs = ceil_div(rows, tiles.m) * ceil_div(out_features, tiles.n)
+    args = (
+        codes_x, codes_w, y, r, s, s if bias is None else bias, rows, out_features, columns,
+        tiles.m, tiles.n, tiles.k, _GROUP, bias is not None,
+    )  # fmt: skip
+    launch(_matmul_pointers, programs, y.get_device(), key, args, tiles.warps, tiles.stages)

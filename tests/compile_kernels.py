@@ -1,0 +1,163 @@
+"""Compiles every launch of the kernels for an NVIDIA GPU that need not be there, and says what came out.
+
+``python tests/compile_kernels.py 90 [matmul]`` prints a JSON list, one object a launch. The launches are the
+host code's own, for the shapes of real models, caught on their way to the GPU: their constants, warps and
+stages are what would run, and integers and pointers are specialized as Triton specializes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from axolotl_bitnet.kernels import activations, launch, matmul, packing, rmsnorm, swiglu, weights
+
+BF16, F32 = torch.bfloat16, torch.float32
+NAMES = {F32: "fp32", BF16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+NAMES |= {torch.int8: "i8", torch.uint8: "u8"}
+MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 120: 188}
+COLUMNS = [100, 2048, 3072, 9216, 13312, 23040, 32768]  # Falcon-E, Falcon3-10B, and the longest there may be
+ROWS = 8192
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What the operations do with a training step's tensors, and with one token's."""
+    for columns in COLUMNS:
+        x, r, codes = empty(ROWS, columns), empty(ROWS, 1, dtype=F32), empty(ROWS, columns, dtype=torch.int8)
+        yield f"quantize {columns}", lambda x=x: activations.quantize_activations(x, BF16)
+        yield f"quantize {columns} float32", lambda x=x: activations.quantize_activations(x.float(), BF16)
+        yield f"dequantize {columns}", lambda c=codes, r=r: activations.dequantize_activations(c, r, BF16)
+        yield f"swiglu {columns}", lambda x=x: swiglu.swiglu_quantize(x, x)
+        yield f"swiglu backward {columns}", lambda x=x, r=r: swiglu.swiglu_backward(x, x, x, r)
+        if columns in (2048, 3072):
+            w = empty(columns)
+            yield f"rmsnorm {columns}", lambda x=x, w=w: rmsnorm.rmsnorm_quantize(x, w, 1e-6, BF16)
+            yield f"rmsnorm backward {columns}", lambda x=x, w=w, r=r: rmsnorm.rmsnorm_backward(x, x, w, r)
+    for dtype in (F32, BF16):
+        weight, g = empty(9216, 2048, dtype=dtype), empty(dtype=F32)
+        yield f"ternarize {dtype}", lambda w=weight: weights.ternarize(w)
+        yield f"dequantized {dtype}", lambda w=weight, g=g: weights.dequantized_weight(w, g, BF16)
+        yield f"transposed {dtype}", lambda w=weight, g=g: weights.transposed_codes(w, g)
+    yield "pack", lambda: packing.pack_codes(empty(9216, 2048, dtype=torch.int8))
+    yield "unpack", lambda: packing.unpack_codes(empty(2304, 2048, dtype=torch.uint8))
+
+    tiles = {}
+    for rows in (1, 64, ROWS):
+        for columns, out in [(2048, 2048), (2048, 256), (2048, 9216), (9216, 2048), (100, 60)]:
+            for dtype, bias in [(BF16, None), (BF16, BF16), (F32, None), (F32, F32), (torch.float16, None)]:
+                cut = (
+                    matmul.tma_tiles(rows, out, dtype.itemsize) if arch >= 90 else matmul.pointer_tiles(rows)
+                )
+                tiles[columns % 16, cut, dtype, bias] = rows, columns, out
+    for (*_, dtype, bias), (rows, columns, out) in tiles.items():
+        x, w = empty(rows, columns, dtype=torch.int8), empty(out, columns, dtype=torch.int8)
+        scales = (
+            empty(rows, 1, dtype=F32),
+            w,
+            empty(1),
+            None if bias is None else empty(out, dtype=bias),
+            dtype,
+        )
+        yield f"matmul {rows} {columns} {out} {dtype} {bias}", lambda x=x, s=scales: matmul.matmul(x, *s)
+
+
+def compiled(kernel: Any, args: tuple[Any, ...], arch: int, warps: int, stages: int) -> Any:
+    signature, constants, attributes = {}, {}, {}
+    for index, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+        kind = "constexpr"
+        if isinstance(value, launch.Tiled):
+            kind = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, Tensor):
+            kind = f"*{NAMES[value.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif not parameter.is_constexpr and isinstance(value, float):
+            kind = "fp32"
+        elif not parameter.is_constexpr and value != 1:
+            kind = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        if kind == "constexpr":
+            constants[(index,)] = value
+        signature[parameter.name] = kind
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack and local memory (that is: of spilled registers) a thread."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {key: int(number) for key, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed)}
+
+
+def main(arch: int, only: str) -> None:
+    caught: list[tuple[Any, ...]] = []
+
+    def catch(
+        kernel: Any, programs: int, device: int, key: Any, args: tuple[Any, ...], warps: int, stages: int = 3
+    ) -> None:
+        caught.append((kernel, args, warps, stages))
+
+    for module in (activations, matmul, packing, rmsnorm, swiglu, weights):
+        module.launch = catch  # type: ignore[attr-defined]
+    matmul._gpu = lambda index: (MULTIPROCESSORS[arch], arch >= 90)
+    tiles: list[matmul.Tiles] = []
+    for name in ("launch_tma", "launch_pointers"):
+        original = getattr(matmul, name)
+        setattr(matmul, name, lambda *args, original=original: tiles.append(args[-1]) or original(*args))
+
+    found = []
+    for name, call in calls(arch):
+        if not name.startswith(only):
+            continue
+        caught.clear()
+        tiles.clear()
+        call()
+        for kernel, args, warps, stages in caught:
+            binary = compiled(kernel, args, arch, warps, stages)
+            assembly = binary.asm["ptx"]
+            constants = {p.name: a for p, a in zip(kernel.params, args, strict=True) if p.is_constexpr}
+            found.append(
+                {
+                    "call": name,
+                    "kernel": kernel.fn.__name__,
+                    "shared": binary.metadata.shared,
+                    "warps": warps,
+                    "tiles": tiles[0]._asdict() if tiles else {},
+                    "constants": {key: str(value) for key, value in constants.items()},
+                    "mma": len(re.findall(r"mma\.sync\.\S*\.s8\.s8", assembly)),
+                    "wgmma": len(re.findall(r"wgmma\.mma_async\.\S*\.s8\.s8", assembly)),
+                    "bulk": assembly.count("cp.async.bulk.tensor"),
+                    "local": len(re.findall(r"\b(?:ld|st)\.local", assembly)),
+                    "fused": len(re.findall(r"\bfma\.rn\.f32", assembly)),
+                    **resources(binary.asm["cubin"]),
+                }
+            )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    assert not tl.constexpr(triton.knobs.runtime.interpret).value
+    main(int(sys.argv[1]), "".join(sys.argv[2:]))

@@ -1,0 +1,121 @@
+"""The Triton kernels without a GPU: their results in Triton's interpreter, and what compiles for NVIDIA's.
+
+``tests/interpreted`` holds the tests of results; they run here, once, in a process of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+TESTS = Path(__file__).resolve().parent
+KIB = 1024
+
+
+def in_a_process(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
+    """Python, with TRITON_INTERPRET as asked: Triton reads it once, when it is imported."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_INTERPRET")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
+
+
+# Results
+
+
+def test_results_in_the_interpreter() -> None:
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(TESTS / "interpreted")]
+    ran = in_a_process(*command, interpret=True)
+    assert ran.returncode == 0, f"{ran.stdout[-20_000:]}\n{ran.stderr[-5_000:]}"
+    last = ran.stdout.strip().splitlines()[-1]
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", last.partition(" in ")[0])}
+    assert counts.pop("passed") > 1000 and not counts.keys() - {"warning", "warnings"}, last
+    files = {path.stem for path in (TESTS / "interpreted").glob("test_*.py")}
+    kernels = {path.stem for path in (TESTS.parent / "src/axolotl_bitnet/kernels").glob("*.py")}
+    assert {f"test_kernels_{name}" for name in kernels - {"__init__", "arithmetic", "launch"}} == files
+
+
+# Compilation
+
+
+@cache
+def launches(arch: int) -> list[dict[str, Any]]:
+    """Every launch of a model's step, compiled for a GPU of this compute capability; for Blackwell's consumer
+    GPUs, whose shared memory is Ada's, the matrix products alone."""
+    ran = in_a_process(str(TESTS / "compile_kernels.py"), str(arch), *(["matmul"] if arch > 90 else []))
+    assert ran.returncode == 0, ran.stderr[-10_000:]
+    return json.loads(ran.stdout)
+
+
+def of(arch: int, kernel: str) -> list[dict[str, Any]]:
+    found = [launch for launch in launches(arch) if launch["kernel"] == kernel]
+    assert found, {launch["kernel"] for launch in launches(arch)}
+    return found
+
+
+by_arch = pytest.mark.parametrize("arch", [80, 89, 90])
+
+
+@by_arch
+def test_no_kernel_spills(arch: int) -> None:
+    """Registers that do not suffice go to the stack, which is memory."""
+    spilled = {
+        f"{launch['call']}: {launch['kernel']} {launch['constants']}": launch["STACK"] + launch["LOCAL"]
+        for launch in launches(arch)
+        if launch["STACK"] or launch["LOCAL"] or launch["local"]
+    }
+    assert len(launches(arch)) > 50 and not spilled
+
+
+@by_arch
+def test_multiplication_and_addition_stay_two_roundings(arch: int) -> None:
+    """Fused, they are another result. (The product's epilogue and the division fuse on purpose.)"""
+    on_purpose = {"_matmul_tma", "_matmul_pointers", "_swiglu_forward", "_swiglu_backward"}
+    fused = {launch["kernel"] for launch in launches(arch) if launch["fused"]}
+    assert fused == on_purpose & {launch["kernel"] for launch in launches(arch)}
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 120])
+def test_products_run_on_int8_tensor_cores(arch: int) -> None:
+    for launch in of(arch, "_matmul_pointers"):
+        assert launch["mma"] or launch["wgmma"], launch
+    if arch < 90:
+        assert not any(launch["bulk"] or launch["wgmma"] for launch in launches(arch))
+        assert {launch["kernel"] for launch in launches(arch)} & {"_matmul_tma"} == set()
+        return
+    for launch in of(arch, "_matmul_tma"):
+        assert launch["bulk"] and launch["wgmma" if arch == 90 else "mma"], launch
+
+
+@pytest.mark.parametrize("arch, limit", [(80, 163), (89, 99), (90, 227), (120, 99)])
+def test_programs_fit_into_shared_memory(arch: int, limit: int) -> None:
+    """A program of its own, on each; both of pointer_tiles on the smallest."""
+    for launch in launches(arch):
+        assert launch["shared"] <= limit * KIB, launch
+    if arch < 90:
+        products = of(arch, "_matmul_pointers")
+        assert {launch["constants"]["BLOCK_M"] for launch in products} == {"32", "128"}
+        assert all(launch["shared"] <= 99 * KIB for launch in products)
+
+
+def test_as_many_products_share_a_hopper_multiprocessor_as_are_launched() -> None:
+    """228 KiB of shared memory, of which each program costs 1 KiB more than it asks for; 64 Ki registers."""
+    cuts = {(tuple(sorted(launch["tiles"].items()))) for launch in of(90, "_matmul_tma")}
+    assert len(cuts) >= 4
+    for launch in of(90, "_matmul_tma"):
+        residents = launch["tiles"]["residents"]
+        assert (launch["shared"] + KIB) * residents <= 228 * KIB, launch
+        assert launch["REG"] * 32 * launch["warps"] * residents <= 64 * KIB, launch

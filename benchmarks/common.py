@@ -64,8 +64,9 @@ def free() -> None:
     """Forget what the last measurement left."""
     torch.compiler.reset()
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -38,7 +38,7 @@ Run = Callable[[], object]
 
 def microseconds(run: Run) -> float:
     """Median of a kernel's time on the GPU."""
-    return do_bench(run, warmup=10, rep=40, return_mode="median") * 1e3
+    return do_bench(run, warmup=8, rep=25, return_mode="median") * 1e3
 
 
 def random(*shape: int, scale: float = 1.0) -> Tensor:

@@ -1,7 +1,7 @@
 """Whether 8-bit input gradients learn as well: the same model, data and seeds, with and without them.
 
-Any Llama-like checkpoint of transformers and any text. Latents and optimizer state in float32, compute in
-bfloat16 autocast, AdamW, one sequence batch a step; the last tenth of the text is held out.
+Any Llama-like checkpoint of transformers and any text. Latents and optimizer state in float32, compute under
+bfloat16 autocast (float32 without a GPU), AdamW; the last tenth of the text is held out.
 
     python benchmarks/int8_grad.py MODEL_FOLDER TEXT --steps 400 --out benchmarks/results/int8_grad.csv
 """
@@ -18,32 +18,32 @@ from torch import Tensor
 
 from axolotl_bitnet import convert_to_bitlinear
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def batches(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
     """(count, length) windows of a text, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(tokens) - length, (count,), generator=generator)
-    return torch.stack([tokens[start : start + length] for start in starts.tolist()]).cuda()
+    return torch.stack([tokens[start : start + length] for start in starts.tolist()]).to(DEVICE)
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
         return model(ids, labels=ids, use_cache=False).loss
 
 
-def train(
-    folder: Path, text: Tensor, seed: int, args: argparse.Namespace, **settings: Any
-) -> list[dict[str, Any]]:
+def train(text: Tensor, seed: int, args: argparse.Namespace, **settings: Any) -> list[dict[str, Any]]:
     """Losses of one training, every ``args.every`` steps."""
     from transformers import AutoModelForCausalLM
 
     free()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).cuda()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE)
     convert_to_bitlinear(model, **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.05)
     edge = len(text) * 9 // 10
-    held_out = batches(text[edge:], 32, args.length, seed=0).split(8)
+    held_out = batches(text[edge:], 4 * args.batch, args.length, seed=0).split(args.batch)
     rows, recent = [], []
     for step in range(1, args.steps + 1):
         loss = loss_of(model, batches(text[:edge], args.batch, args.length, seed * 1_000_000 + step))
@@ -79,7 +79,7 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
-    print(machine())
+    print(machine() if DEVICE == "cuda" else DEVICE)
     text = torch.tensor(AutoTokenizer.from_pretrained(args.model)(args.text.read_text())["input_ids"])
     rows: list[dict[str, Any]] = []
     for seed in args.seeds:

@@ -39,7 +39,7 @@ def main() -> None:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_title(row)
         axis.set_xticks(range(len(HELPS)), HELPS.values())
-        axis.set_ylim(0.6, 2.2)
+        axis.set_ylim(0, 1.8)
     axes[0][0].set_ylabel("time of a step / best bf16 nn.Linear")
     patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     figure.legend(patches, COLOURS, ncols=len(COLOURS), loc="lower center")

@@ -42,7 +42,7 @@ def test_results_in_the_interpreter() -> None:
     assert ran.returncode == 0, f"{ran.stdout[-20_000:]}\n{ran.stderr[-5_000:]}"
     last = ran.stdout.strip().splitlines()[-1]
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", last.partition(" in ")[0])}
-    assert counts.pop("passed") > 1000 and not counts.keys() - {"warning", "warnings"}, last
+    assert counts.pop("passed") > 850 and not counts.keys() - {"warning", "warnings"}, last
     files = {path.stem for path in (TESTS / "interpreted").glob("test_*.py")}
     kernels = {path.stem for path in (TESTS.parent / "src/axolotl_bitnet/kernels").glob("*.py")}
     assert {f"test_kernels_{name}" for name in kernels - {"__init__", "arithmetic", "launch"}} == files

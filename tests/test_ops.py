@@ -71,7 +71,8 @@ def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bi
     _, r_h = ternary.quantize_activations(silu(x) * up)
     codes_x, r_x = ternary.quantize_activations(x.contiguous())
     codes_w, s = ternary.ternarize(torch.randn(8, columns))
-    four = ternary.ternarize(torch.randn(columns, 8).t())[0]  # as many rows as bytes want, and transposed
+    four = ternary.ternarize(torch.randn(8, columns))[0]  # as many rows as bytes want
+    four = four if x.is_contiguous() else four.t().contiguous().t()
     norm = torch.randn(columns).to(x.dtype)
     rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
     return {
@@ -86,7 +87,7 @@ def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bi
         "rmsnorm_quantize": [x, norm, EPS, dtype],
         "rmsnorm_backward": [dy, x, norm, rstd],
         "pack_codes": [four],
-        "unpack_codes": [plain.pack_codes(four).t().contiguous().t()],
+        "unpack_codes": [plain.pack_codes(four)],
     }[operation]
 
 
@@ -190,6 +191,18 @@ def test_operations_are_the_definition(operation: str, name: str, x: Tensor, dty
         for made in (registered(operation)(*given), getattr(ops, operation)(*given)):
             for one, other in zip(as_tuple(made), expected, strict=True):
                 assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_a_lower_floor_for_small_numbers() -> None:
+    x = torch.randn(5, 12) * 1e-9
+    expected = ternary.quantize_activations(x, 1e-30)
+    assert expected[0].any() and not ternary.quantize_activations(x)[0].any()
+    for made in (
+        registered("quantize_activations")(x, x.dtype, 1e-30),
+        ops.quantize_activations(x, x.dtype, 1e-30),
+    ):
+        assert all(torch.equal(*both) for both in zip(made, expected, strict=True))
+    assert not ops.quantize_activations(x, x.dtype)[0].any()
 
 
 def assert_near(found: Tensor, exact: Tensor, terms: Tensor, roundings: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -277,3 +278,70 @@ def test_a_base_that_cannot_work_is_refused_before_its_weights_are_read(
     (broken / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ConversionError, match=message):
         train(config(tmp_path, broken))
+
+
+@pytest.mark.slow
+def test_torch_compile_trains_as_eager_does(base: Path, tmp_path: Path) -> None:
+    """The same data and seed: only what the compiler fuses around our operations may round otherwise."""
+    from accelerate.state import AcceleratorState
+
+    losses = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        folder.mkdir()
+        losses.append(train(config(folder, base, torch_compile=compiled or None, max_steps=4)).losses)
+        torch.compiler.reset()
+    for key in [key for key in os.environ if key.startswith("ACCELERATE_DYNAMO_")]:
+        del os.environ[key]  # Axolotl sets them for good, and Accelerate remembers:
+    AcceleratorState._reset_state()
+    assert len(losses[0]) == 4 and losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_the_whole_step_reads_each_weight_once(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two micro-batches with checkpointing are four readings; the callback makes it one. Losses stay."""
+    from axolotl_bitnet import ops
+
+    made = 0
+    original = ops.ternarize
+
+    def counting(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        nonlocal made
+        made += 1
+        return original(weight)
+
+    settings = dict(
+        gradient_accumulation_steps=2, gradient_checkpointing=True, max_steps=2, bitnet={"export": []}
+    )
+    losses = []
+    for kept in (True, False):
+        if not kept:
+            monkeypatch.setattr(plugin_module.BitNetPlugin, "add_callbacks_post_trainer", lambda *_: [])
+        made = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "ternarize", counting)
+            folder = tmp_path / str(kept)
+            folder.mkdir()
+            losses.append(train(config(folder, base, **settings)).losses)
+        assert made == 14 * 2 * (1 if kept else 4)
+    assert losses[0] == losses[1]
+
+
+def test_layers_are_fused_unless_told_otherwise(base: Path, tmp_path: Path) -> None:
+    losses = []
+    for fuse in (True, False):
+        folder = tmp_path / str(fuse)
+        folder.mkdir()
+        run = train(config(folder, base, bitnet={"fuse": fuse}))
+        names = {type(module).__name__ for module in run.model.modules()}
+        assert ("SwiGLU" in names, "LlamaMLP" in names) == (fuse, not fuse)
+        losses.append(run.losses)
+    assert losses[0] == losses[1]
+
+
+def test_eight_bit_gradients_reach_the_layers_and_train(base: Path, tmp_path: Path) -> None:
+    run = train(config(tmp_path, base, max_steps=8, bitnet={"int8_grad": True}))
+    assert all(module.int8_grad for module in run.model.modules() if isinstance(module, BitLinear))
+    assert run.losses[-1] < run.losses[0]

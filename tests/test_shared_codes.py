@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from layers import Attention, layer_for, saving
+from layers import Attention, layer_for
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef
@@ -339,34 +339,3 @@ def test_codes_of_an_older_version_are_let_go(quantized: list) -> None:
             x.add_(1)
     gc.collect()
     assert [codes() is not None for _, codes in quantized] == [False, False, True]
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("int8_grad", [False, True])
-def test_what_is_saved_for_backward(autocast: bool, weight_dtype: torch.dtype, int8_grad: bool) -> None:
-    """Codes of x, their scales and the weight itself: no second copy of the weight."""
-    x = torch.randn(6, 7, 32)
-    layer = layer_for(x, 20, bias=True, dtype=weight_dtype)
-    layer.int8_grad = int8_grad
-    leaf = x.clone().requires_grad_()
-    with saving() as saved, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        y = layer(leaf)
-    codes, r, weight = saved
-    assert codes.dtype == torch.int8 and codes.shape == x.shape
-    assert r.dtype == torch.float32 and r.shape == (6, 7, 1)
-    assert weight.data_ptr() == layer.weight.data_ptr() and weight.shape == layer.weight.shape
-    kept = [value for value in vars(y.grad_fn).values() if isinstance(value, Tensor)]
-    assert all(tensor.numel() == 1 for tensor in kept)
-    y.sum().backward()
-    assert layer.weight.grad.dtype == weight_dtype
-
-
-def test_siblings_save_one_set_of_codes() -> None:
-    x = torch.randn(6, 24, requires_grad=True)
-    attention = Attention()
-    with saving() as saved:
-        y = attention.q(x) + attention.k(x) + attention.v(x)
-    codes = [tensor for tensor in saved if tensor.dtype == torch.int8]
-    assert len(codes) == 3 and len({tensor.data_ptr() for tensor in codes}) == 1
-    assert y.requires_grad

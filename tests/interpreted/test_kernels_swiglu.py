@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from kernel_cases import (
     activations,
@@ -42,7 +43,7 @@ def test_codes_and_scales(name: str, dtype: torch.dtype) -> None:
     all_same(kernel.swiglu_quantize(gate, up), ternary.quantize_activations(product(gate, up)))
 
 
-@by_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @by_mild_name
 def test_codes_of_plain_torch(name: str, dtype: torch.dtype) -> None:
     """They differ only where the last bits of torch's own exp explain it: next to never."""

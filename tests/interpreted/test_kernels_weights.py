@@ -102,8 +102,16 @@ def test_one_bad_weight_poisons_the_scale(few_programs: None, bad: float, dtype:
     all_same(kernel.transposed_codes(weight, g), plain.transposed_codes(weight, g))
 
 
-@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@by_dtype
+@pytest.mark.parametrize(
+    "dtype, out",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+    ],
+    ids=str,
+)
 @by_matrix
 def test_dequantized(name: str, dtype: torch.dtype, out: torch.dtype) -> None:
     weight = matrices()[name].to(dtype)

@@ -14,7 +14,7 @@ export PYTHONPATH = $(CURDIR)/src
 # $(call in,LANE) begins a recipe line that runs inside the lane's environment
 in = environment=$$(scripts/environment.sh $(1)) && PATH="$$environment/bin:$$PATH" && export PATH && set -x &&
 
-.PHONY: help test test-latest lint demo build clean distclean
+.PHONY: help test test-latest lint demo bench build clean distclean
 
 help: ## list the targets (the default)
 	@sed -n 's/^\([a-z-]*\):[a-z ]*## */\1	/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -30,6 +30,9 @@ lint: ## ruff (rules and format) on everything, mypy on the package
 
 demo: ## train a tiny ternary model (SFT, DPO), pack it, ask it: minutes on a CPU
 	@scripts/demo.sh
+
+bench: ## measure the kernels and the whole step against their peers (needs a GPU and the peers: .[bench])
+	python benchmarks/each_kernel.py && python benchmarks/linear.py && python benchmarks/train_step.py && python benchmarks/plot.py
 
 build: ## build the sdist and the wheel into dist/
 	@$(call in,any) python -m build --no-isolation

@@ -95,6 +95,18 @@ def test_python_of_the_readme_runs(workplace: Path, tiny_model: Callable[..., to
         exec(compile(code, "README.md", "exec"), {"model": tiny_model("Llama")})
 
 
+def test_python_of_the_kernels_page_runs(tiny_model: Callable[..., torch.nn.Module]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/kernels.md").read_text("utf-8"), re.DOTALL)
+    model = tiny_model("Llama")
+    convert_to_bitlinear(model)
+    ids = torch.randint(3, 128, (2, 7))
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters())
+    names = {"model": model, "optimizer": optimizer, "micro_batches": [dict(input_ids=ids, labels=ids)] * 2}
+    exec(compile(code, "kernels.md", "exec"), names)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+
+
 def test_links_lead_somewhere() -> None:
     for path in DOCUMENTS:
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text(encoding="utf-8")):

@@ -136,8 +136,9 @@ def shared_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes and scales of ``x.to(dtype)``, made once for all layers that read the same tensor.
 
     They hang on the tensor object, which q, k and v (or gate and up) get in turn, and go with it. A write
-    through ``x.data`` between two readers goes unseen. Off in inference mode (no versions there) and under
-    torch.compile (which finds common subexpressions itself).
+    through ``x.data`` between two readers goes unseen. Only for a tensor of the graph: another may be the
+    output of a CUDA graph, whose replays write to it unseen. Off in inference mode (no versions there) and
+    under torch.compile (which finds common subexpressions itself).
     """
     if torch.compiler.is_compiling() or x.is_inference():
         return ops.quantize_activations(x.detach(), dtype)
@@ -145,7 +146,8 @@ def shared_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if held is not None and held.owner() is x and held.version == x._version and held.dtype == dtype:
         return held.codes, held.r
     codes, r = ops.quantize_activations(x.detach(), dtype)
-    share_codes(x, dtype, codes, r)
+    if x.requires_grad:
+        share_codes(x, dtype, codes, r)
     return codes, r
 
 

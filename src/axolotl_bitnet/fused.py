@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops
 from .bitlinear import (
@@ -178,6 +179,7 @@ def _is_rmsnorm(module: nn.Module) -> bool:
         and getattr(module, "offset", 0.0) == 0.0
         and getattr(module, "casting_mode", "llama") == "llama"
         and hasattr(module, "variance_epsilon")
+        and isinstance(getattr(module, "weight", None), nn.Parameter)
     )
 
 
@@ -191,4 +193,5 @@ def _is_bare(layer: nn.Module) -> bool:
         and not layer._backward_pre_hooks
         and "forward" not in vars(layer)
         and layer.weight.dim() == 2
+        and (torch.compiler.is_compiling() or not _has_any_global_hook())
     )

@@ -22,6 +22,7 @@ from torch.nn import Parameter
 
 from . import plain, ternary
 
+_KERNEL_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 MAX_COLUMNS = 32768
 """Longest row that a kernel holds in registers; beyond it, rows are quantized in plain torch."""
 
@@ -92,9 +93,9 @@ def unpack_codes(packed: Tensor) -> Tensor:
     return _run(_unpack_codes, _unpack_codes_here, packed)
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether the kernels run on x's device."""
-    return x.is_cuda and _gpu_has_kernels(x.get_device())
+def has_kernels(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the kernels run on x's device and compute in ``dtype``."""
+    return x.is_cuda and dtype in _KERNEL_DTYPES and _gpu_has_kernels(x.get_device())
 
 
 @cache
@@ -120,7 +121,7 @@ def _ternarize_here(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dequantized_weight_here(weight: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    if has_kernels(weight) and weight.numel():
+    if has_kernels(weight, dtype) and weight.numel():
         from .kernels import weights
 
         return weights.dequantized_weight(weight, g, dtype)
@@ -136,7 +137,7 @@ def _transposed_codes_here(weight: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_activations_here(x: Tensor, dtype: torch.dtype, floor: float) -> tuple[Tensor, Tensor]:
-    if has_kernels(x) and x.numel() and x.shape[-1] <= MAX_COLUMNS:
+    if has_kernels(x, dtype) and x.numel() and x.shape[-1] <= MAX_COLUMNS:
         from .kernels import activations
 
         return activations.quantize_activations(x, dtype, floor)
@@ -144,7 +145,7 @@ def _quantize_activations_here(x: Tensor, dtype: torch.dtype, floor: float) -> t
 
 
 def _dequantize_activations_here(codes: Tensor, r: Tensor, dtype: torch.dtype) -> Tensor:
-    if has_kernels(codes) and codes.numel():
+    if has_kernels(codes, dtype) and codes.numel():
         from .kernels import activations
 
         return activations.dequantize_activations(codes, r, dtype)
@@ -154,7 +155,7 @@ def _dequantize_activations_here(codes: Tensor, r: Tensor, dtype: torch.dtype) -
 def _matmul_here(
     codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    if has_kernels(codes_x) and codes_x.numel() and codes_w.numel():
+    if has_kernels(codes_x, dtype) and codes_x.numel() and codes_w.numel():
         from .kernels import matmul as kernel
 
         return kernel.matmul(codes_x, r, codes_w, s, bias, dtype)
@@ -162,7 +163,7 @@ def _matmul_here(
 
 
 def _swiglu_quantize_here(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    if has_kernels(gate) and gate.numel() and gate.shape[-1] <= MAX_COLUMNS:
+    if has_kernels(gate, gate.dtype) and gate.numel() and gate.shape[-1] <= MAX_COLUMNS:
         from .kernels import swiglu
 
         return swiglu.swiglu_quantize(gate, up)
@@ -170,7 +171,7 @@ def _swiglu_quantize_here(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _swiglu_backward_here(dh: Tensor, gate: Tensor, up: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if has_kernels(gate) and gate.numel():
+    if has_kernels(gate, gate.dtype) and gate.numel():
         from .kernels import swiglu
 
         return swiglu.swiglu_backward(dh, gate, up, r)
@@ -180,7 +181,7 @@ def _swiglu_backward_here(dh: Tensor, gate: Tensor, up: Tensor, r: Tensor) -> tu
 def _rmsnorm_quantize_here(
     x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if has_kernels(x) and x.numel() and x.shape[-1] <= MAX_COLUMNS:
+    if has_kernels(x, x.dtype) and x.numel() and x.shape[-1] <= MAX_COLUMNS:
         from .kernels import rmsnorm
 
         return rmsnorm.rmsnorm_quantize(x, weight, eps, dtype)
@@ -188,7 +189,7 @@ def _rmsnorm_quantize_here(
 
 
 def _rmsnorm_backward_here(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    if has_kernels(x) and x.numel() and x.shape[-1] <= MAX_COLUMNS:
+    if has_kernels(x, x.dtype) and x.numel() and x.shape[-1] <= MAX_COLUMNS:
         from .kernels import rmsnorm
 
         return rmsnorm.rmsnorm_backward(dy, x, weight, rstd)

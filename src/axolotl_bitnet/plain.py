@@ -61,7 +61,8 @@ def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, r: Tensor) -> tuple[Te
     sigmoid = torch.sigmoid(gate32)
     dgate = dh.to(torch.float32) * up * sigmoid * (1 + gate32 * (1 - sigmoid))
     dup = dh.to(torch.float32) * activated
-    return dgate.to(gate.dtype), dup.to(up.dtype), ternary.dequantize(codes, r, gate.dtype)
+    h = ternary.dequantize(codes, r, gate.dtype)
+    return dgate.to(gate.dtype).contiguous(), dup.to(up.dtype).contiguous(), h.contiguous()
 
 
 def rmsnorm_quantize(
@@ -98,7 +99,7 @@ def pack_codes(codes: Tensor) -> Tensor:
     """
     if codes.shape[0] % ROWS_PER_BYTE:
         raise ValueError(f"{codes.shape[0]} rows cannot be packed: not a multiple of {ROWS_PER_BYTE}")
-    first, second, third, fourth = (codes + 1).to(torch.uint8).chunk(ROWS_PER_BYTE)
+    first, second, third, fourth = (codes.contiguous() + 1).to(torch.uint8).chunk(ROWS_PER_BYTE)
     return first | second << 2 | third << 4 | fourth << 6
 
 

@@ -63,7 +63,7 @@ def _dequantize(codes_ptr, r_ptr, out_ptr, columns, blocks, BLOCK: tl.constexpr)
     # A division an element costs more than the memory traffic; where the result is rounded to 16 bits anyway,
     # one a row does.
     if out_ptr.dtype.element_ty == tl.float32:
-        x = tl.div_rn(codes, r)
+        x = tl.div_rn(codes, tl.broadcast_to(r, codes.shape))
     else:
         x = codes * reciprocal(r)
     tl.store(out_ptr + row * columns + column, cast(x, out_ptr.dtype.element_ty), mask=mask)
@@ -94,7 +94,7 @@ def quantize_activations(
     chunk, number = chunks(columns)
     key = (x.dtype, dtype, columns, x_row, x_column, *aligned(rows))
     args = (rows, codes, r, columns, x_row, x_column, floor, triton_dtype(dtype), chunk, number)
-    launch(_quantize, count, x.get_device(), key, args, warps=max(1, chunk // 512))
+    launch(_quantize, count, x.get_device(), key, args, warps=max(1, chunk // (512 if number <= 8 else 256)))
     return codes, r
 
 

@@ -80,7 +80,11 @@ def _swiglu_backward(
     up = tl.load(up_ptr + place, mask=mask, other=0.0).to(tl.float32)
     r = tl.load(r_ptr + row)
     silu, denominator = _silu(gate, dtype)
-    h = round_even(cast(silu * up, dtype).to(tl.float32) * r) * reciprocal(r)
+    codes = round_even(cast(silu * up, dtype).to(tl.float32) * r)
+    if dtype == tl.float32:
+        h = tl.div_rn(codes, tl.broadcast_to(r, codes.shape))
+    else:
+        h = codes * reciprocal(r)
     sigmoid = tl.where(gate < _NOTHING, 0.0, divide(tl.full(gate.shape, 1.0, tl.float32), denominator))
     dgate = dh * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     tl.store(dgate_ptr + place, cast(dgate, dtype), mask=mask)

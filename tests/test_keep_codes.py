@@ -105,6 +105,21 @@ EDITS = [by_data, by_no_grad, by_state, by_assignment, by_new_data]
 
 
 @pytest.mark.parametrize("optimizer_of", OPTIMIZERS, ids=["for-loop", "foreach", "fused", "sgd"])
+def test_a_window_left_open_ends_with_the_optimizers_step(
+    optimizer_of: Callable[[nn.Module], torch.optim.Optimizer], made: list[Tensor]
+) -> None:
+    """What an interrupted run leaves behind: a loop of one's own must not train on codes of long ago."""
+    layer = BitLinear(24, 8)
+    optimizer = optimizer_of(layer)
+    keep_codes()
+    step(layer, torch.randn(6, 24))
+    optimizer.step()
+    for _ in range(2):  # the window is closed: every forward quantizes
+        step(layer, torch.randn(6, 24))
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("optimizer_of", OPTIMIZERS, ids=["for-loop", "foreach", "fused", "sgd"])
 def test_the_next_window_sees_what_the_optimizer_did(
     optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
 ) -> None:

@@ -4,16 +4,19 @@ A step of several micro-batches, or with activation checkpointing, reads every w
 would quantize it each time. Whether a weight changed in between cannot be told by looking: fused optimizers
 do not bump its version, and writes through ``.data`` never do. So nothing is kept unless the one who runs the
 loop says that the weights stand still, and until when: here the Trainer's own callbacks do, from the first
-micro-batch to the optimizer step. What is kept is a byte a weight.
+micro-batch to the optimizer step. What is kept is a byte a weight. A step of any torch optimizer ends the
+window too, should an interrupted run have left it open.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import ops
 
@@ -37,6 +40,7 @@ def ternarize(weight: Tensor) -> _Codes:
 def keep_codes() -> None:
     """From now on, no weight changes. What an earlier call kept is forgotten."""
     global _kept
+    _forget_after_optimizer_steps()
     _kept = {}
 
 
@@ -44,6 +48,11 @@ def forget_codes() -> None:
     """From now on, weights may change."""
     global _kept
     _kept = None
+
+
+@cache
+def _forget_after_optimizer_steps() -> None:
+    register_optimizer_step_post_hook(lambda *_: forget_codes())
 
 
 @contextmanager

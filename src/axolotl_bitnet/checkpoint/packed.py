@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..convert import Plan
 from ..fingerprint import Fingerprint, fingerprint_codes
-from ..plain import ROWS_PER_BYTE, pack_codes, unpack_codes
+from ..ops import pack_codes, unpack_codes
+from ..plain import ROWS_PER_BYTE
 from .latent import LatentCheckpoint, copy_companions, read_plan
 from .stream import (
     SINGLE,

@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from .. import ternary
+
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
-EPSILON = tl.constexpr(1e-5)
+EPSILON = tl.constexpr(ternary.EPSILON)
 INFINITY = tl.constexpr(float("inf"))
 _TO_INTEGER = tl.constexpr(1.5 * 2**23)  # floats this large have no fraction: adding it rounds half to even
 

@@ -35,8 +35,10 @@ def _tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _scaled(product, scale, inverse, bias, dtype: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """float32(product) / scale, correctly rounded, as ``dtype``, plus the bias."""
+def _scaled(
+    product, scale, inverse, bias_ptr, column, out_features, dtype: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """float32(product) / scale, correctly rounded, as ``dtype``, plus the bias from ``column`` on."""
     product = product.to(tl.float32)
     if INTERPRET:
         y = tl.div_rn(product, tl.broadcast_to(scale, product.shape))
@@ -45,6 +47,8 @@ def _scaled(product, scale, inverse, bias, dtype: tl.constexpr, HAS_BIAS: tl.con
         y = tl.fma(tl.fma(-y, tl.broadcast_to(scale, product.shape), product), inverse, y)
     y = cast(y, dtype)
     if HAS_BIAS:
+        n = column + tl.arange(0, product.shape[1])
+        bias = tl.load(bias_ptr + n, mask=n < out_features, other=0.0)
         y = cast(y.to(tl.float32) + cast(bias.to(tl.float32), dtype).to(tl.float32)[None, :], dtype)
     return y
 
@@ -74,26 +78,16 @@ def _matmul_tma(
         scale = (tl.load(r_ptr + place, mask=place < rows, other=1.0) * s)[:, None]
         inverse = reciprocal(scale)
         # By parts of the tile: the staging buffer of the store then leaves room for one more stage of loads.
-        part: tl.constexpr = BLOCK_N // SPLIT
         if SPLIT == 2:
-            halves = tl.permute(tl.reshape(product, (BLOCK_M, 2, part)), (0, 2, 1))
-            left, right = tl.split(halves)
-            for half in tl.static_range(2):
-                at = column + half * part
-                bias = s
-                if HAS_BIAS:
-                    n = at + tl.arange(0, part)
-                    bias = tl.load(bias_ptr + n, mask=n < out_features, other=0.0)
-                if half == 0:
-                    y_desc.store([row, at], _scaled(left, scale, inverse, bias, dtype, HAS_BIAS))
-                else:
-                    y_desc.store([row, at], _scaled(right, scale, inverse, bias, dtype, HAS_BIAS))
+            part: tl.constexpr = BLOCK_N // 2
+            left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_M, 2, part)), (0, 2, 1)))
+            y = _scaled(left, scale, inverse, bias_ptr, column, out_features, dtype, HAS_BIAS)
+            y_desc.store([row, column], y)
+            y = _scaled(right, scale, inverse, bias_ptr, column + part, out_features, dtype, HAS_BIAS)
+            y_desc.store([row, column + part], y)
         else:
-            bias = s
-            if HAS_BIAS:
-                n = column + tl.arange(0, BLOCK_N)
-                bias = tl.load(bias_ptr + n, mask=n < out_features, other=0.0)
-            y_desc.store([row, column], _scaled(product, scale, inverse, bias, dtype, HAS_BIAS))
+            y = _scaled(product, scale, inverse, bias_ptr, column, out_features, dtype, HAS_BIAS)
+            y_desc.store([row, column], y)
 
 
 @triton.jit
@@ -116,10 +110,9 @@ def _matmul_pointers(
         product = tl.dot(x, w.T, product, out_dtype=tl.int32)
 
     scale = (tl.load(r_ptr + m, mask=m < rows, other=1.0) * tl.load(s_ptr).to(tl.float32))[:, None]
-    bias = scale
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + n, mask=n < out_features, other=0.0)
-    y = _scaled(product, scale, reciprocal(scale), bias, y_ptr.dtype.element_ty, HAS_BIAS)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    column = tile_n * BLOCK_N
+    y = _scaled(product, scale, reciprocal(scale), bias_ptr, column, out_features, dtype, HAS_BIAS)
     place = y_ptr + m.to(tl.int64)[:, None] * out_features + n[None, :]
     tl.store(place, y, mask=(m < rows)[:, None] & (n < out_features)[None, :])
 

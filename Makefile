@@ -32,7 +32,7 @@ demo: ## train a tiny ternary model (SFT, DPO), pack it, ask it: minutes on a CP
 	@scripts/demo.sh
 
 bench: ## measure the kernels and the whole step against their peers (needs a GPU and the peers: .[bench])
-	python benchmarks/each_kernel.py && python benchmarks/linear.py && python benchmarks/train_step.py && python benchmarks/plot.py
+	python benchmarks/first_step.py && python benchmarks/each_kernel.py && python benchmarks/linear.py && python benchmarks/train_step.py && python benchmarks/plot.py
 
 build: ## build the sdist and the wheel into dist/
 	@$(call in,any) python -m build --no-isolation

@@ -20,6 +20,7 @@ COLOURS = {
     "AutoBitLinear": "#9334e6",
     "torchao": "#188038",
 }
+TOP = 2.0  # higher bars are cut, and say how high they are
 HELPS = {"none": "no help", "liger": "Liger", "compile": "torch.compile"}
 
 
@@ -35,11 +36,14 @@ def main() -> None:
             peers = [peer for peer in COLOURS if (help, peer) in times]
             for index, peer in enumerate(peers):
                 height = times[help, peer] / best
-                axis.bar(place + index * 0.16 - 0.32, height, 0.15, color=COLOURS[peer])
+                left = place + index * 0.16 - 0.32
+                axis.bar(left, height, 0.15, color=COLOURS[peer])
+                if height > TOP:
+                    axis.text(left, TOP, f"{height:.1f}", ha="center", va="bottom", fontsize=7)
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_title(row)
+        axis.set_title(row, pad=12)
         axis.set_xticks(range(len(HELPS)), HELPS.values())
-        axis.set_ylim(0, 1.8)
+        axis.set_ylim(0, TOP)
     axes[0][0].set_ylabel("time of a step / best bf16 nn.Linear")
     patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     figure.legend(patches, COLOURS, ncols=len(COLOURS), loc="lower center")

@@ -108,7 +108,7 @@ def measure(
 
         step()
         torch.cuda.reset_peak_memory_stats()
-        milliseconds = median_ms(step, repeats)
+        milliseconds = median_ms(step, repeats, warmup=1)
     return milliseconds, torch.cuda.max_memory_allocated() / 2**30
 
 

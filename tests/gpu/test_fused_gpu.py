@@ -45,7 +45,7 @@ def test_gradients_are_no_worse_than_plain_torch(
         torch.randn(3, 700, 640, device="cuda").to(dtype),
     )
     found = run_module(layer, x, dy)
-    monkeypatch.setattr(ops, "has_kernels", lambda x: False)
+    monkeypatch.setattr(ops, "has_kernels", lambda *_: False)
     expected = run_module(layer, x, dy)
     assert torch.equal(found[0], expected[0])
 

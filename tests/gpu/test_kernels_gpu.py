@@ -300,8 +300,9 @@ def test_rmsnorm(columns: int, dtype: torch.dtype) -> None:
         expected = norm(x, weight)
         good = expected.isfinite().all(1)
         bits = torch.finfo(dtype)
-        atol = 2 * bits.eps * bits.smallest_normal
-        torch.testing.assert_close(y[good], expected[good], rtol=2 * bits.eps, atol=atol)
+        rtol = (4 if dtype == torch.float32 else 2) * bits.eps  # the squares are summed in another order
+        atol = rtol * bits.smallest_normal
+        torch.testing.assert_close(y[good], expected[good], rtol=rtol, atol=atol)
 
         x, dy, rstd = x[good], dy[good], rstd[good]
         found = ops.rmsnorm_backward(dy, x, weight, rstd)
@@ -390,7 +391,7 @@ def test_what_is_compared_are_two_implementations(monkeypatch: pytest.MonkeyPatc
     ops.ternarize(weight)
     assert len(launched) == 2
     plain.ternarize(weight)
-    monkeypatch.setattr(ops, "has_kernels", lambda x: False)
+    monkeypatch.setattr(ops, "has_kernels", lambda *_: False)
     ops.ternarize(weight)
     assert len(launched) == 2
 

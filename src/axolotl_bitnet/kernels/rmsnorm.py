@@ -103,7 +103,7 @@ def rmsnorm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tup
     count, columns = as_rows(x).shape
     dx = torch.empty_like(x)
     block = power_of_2(columns)
-    programs = min(count, 264)
+    programs = min(count, 528)
     dw = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
     key = (x.dtype, count, columns, *aligned(dy, x, weight))
     args = (dy, x, weight, rstd, dx, dw, count, columns, programs, block)

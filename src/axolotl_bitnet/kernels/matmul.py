@@ -135,7 +135,7 @@ def tma_tiles(rows: int, out_features: int, itemsize: int) -> Tiles:
     if rows <= 64:
         return Tiles(64, 64, 128, 4, 4)
     if out_features <= 512:
-        return Tiles(128, 64, 128, 4, 4, 1, 2)
+        return Tiles(128, 64, 128, 3, 4, 1, 2)
     if itemsize > 2:
         return Tiles(128, 128, 128, 2, 8, 2, 2)
     return Tiles(128, 128, 128, 3, 8 if out_features <= 4096 else 4, 2, 2)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .bitlinear import BitLinear
-from .ternary import DEFINITION, ternarize
+from .ops import ternarize
+from .ternary import DEFINITION
 
 _BLOCK = 1 << 22  # elements hashed at a time, to bound the int64 temporaries
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"}
@@ -89,7 +90,7 @@ def fingerprint_model(model: nn.Module) -> Fingerprint:
     for name, module in model.named_modules():
         if isinstance(module, BitLinear):
             with torch.no_grad():
-                tensors[clean_name(name)] = fingerprint_codes(*ternarize(_whole(module.weight)))
+                tensors[clean_name(name)] = fingerprint_codes(*ternarize(_whole(module.weight))[:2])
     return Fingerprint(tensors)
 
 

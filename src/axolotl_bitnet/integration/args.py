@@ -55,6 +55,12 @@ class BitNetConfig(BaseModel):
             "description": "Compute the gradients of the layers' inputs on int8 tensor cores, from 8-bit dY."
         },
     )
+    gather: Literal["ternary", "native"] | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "What FSDP2 gathers: 2-bit codes (default where it can), or weights as they are."
+        },
+    )
     export: list[Literal["packed"]] = Field(
         default_factory=lambda: ["packed"],  # type: ignore[arg-type]
         json_schema_extra={"description": "Artifacts made after training; [] for none."},
@@ -96,6 +102,18 @@ class BitNetArgs(BaseModel):
         if problems := refusals(data):
             raise ValueError("; ".join(problems))
         return data
+
+    @model_validator(mode="after")
+    def refuse_gather_without_fsdp2(self) -> BitNetArgs:
+        values = vars(self)
+        sharded = values.get("fsdp_config") or values.get("fsdp")
+        wanted = self.bitnet is not None and self.bitnet.gather == "ternary"
+        if wanted and not (sharded and str(values.get("fsdp_version")) == "2"):
+            raise ValueError(
+                "`bitnet.gather: ternary` is FSDP2's all-gather in 2 bits, and this run is not under FSDP2: "
+                "remove it, or set `fsdp_version: 2` and `fsdp_config`"
+            )
+        return self
 
     @model_validator(mode="after")
     def refuse_fsdp1(self) -> BitNetArgs:

@@ -92,8 +92,10 @@ class BitNetPlugin(BasePlugin):
         )
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        if not cfg.use_onebitllms or cfg.fsdp_config or cfg.deepspeed:  # whole weights are not there to keep
+        if not cfg.use_onebitllms or cfg.deepspeed:
             return []
+        if cfg.fsdp_config:  # whole weights are not there to keep
+            return _gathering(cfg, trainer)
         rereads = (cfg.gradient_accumulation_steps or 1) > 1 or bool(cfg.gradient_checkpointing)
         return [KeepCodes()] if rereads else []
 
@@ -160,6 +162,27 @@ class BitNetPlugin(BasePlugin):
             )
         if options.verify:
             _info("%s", report.summary())
+
+
+def _gathering(cfg: Any, trainer: Any) -> list[Any]:
+    """The callback that makes FSDP2 gather 2-bit codes, where that is asked for or possible; and says so."""
+    wish = _options(cfg).gather
+    reason = "bitnet.gather: native"
+    if wish != "native" and str(cfg.fsdp_version) == "2":
+        try:
+            from ..training.gather import GatherTernary
+        except ImportError as error:  # it reaches into FSDP2's own modules
+            if wish == "ternary":
+                raise RuntimeError(
+                    f"`bitnet.gather: ternary` does not fit torch {torch.__version__}"
+                ) from error
+            reason = f"torch {torch.__version__} has no place for codes: {error}"
+        else:
+            _info("FSDP2 gathers ternary weights as 2-bit codes")
+            reference = getattr(trainer, "ref_model", None)
+            return [GatherTernary(*([] if reference is None else [reference]))]
+    _info("FSDP2 gathers weights as they are (%s)", reason)
+    return []
 
 
 def _options(cfg: Any) -> BitNetConfig:

@@ -1,8 +1,8 @@
 """What FSDP2 gathers, and what a step then takes: bfloat16 weights, or 2-bit codes, or torchao's.
 
-A Falcon-E-shaped Llama sharded over all GPUs, float32 latents, compute in bfloat16, one sequence a GPU. Links slower
-than the ones at hand are simulated: after every all-gather and reduce-scatter its stream waits for as long as
-the bytes that a GPU receives (sends) would take at so many GB/s.
+A Falcon-E-shaped Llama sharded over all GPUs, float32 latents, compute in bfloat16, one sequence a GPU.
+Links slower than the ones at hand are simulated: after every all-gather and reduce-scatter its stream waits
+for as long as the bytes that a GPU receives (sends) would take at so many GB/s.
 
     torchrun --nproc-per-node 2 benchmarks/gather.py --out benchmarks/results/gather.csv
 """
@@ -77,7 +77,7 @@ def build(kind: str, shape: str, layers: int | None, checkpointing: bool, link: 
     config = LlamaConfig(hidden_size=2048, intermediate_size=intermediate, num_hidden_layers=layers or depth)
     config.update(dict(num_attention_heads=16, num_key_value_heads=2, head_dim=128, vocab_size=32768))
     config.update(dict(max_position_embeddings=32768, use_cache=False))
-    with torch.device("meta"):
+    with torch.device("cuda" if kind == "torchao" else "meta"):
         model = LlamaModel(config)
     make_ternary(model, {"native": "axolotl-bitnet", "ternary": "axolotl-bitnet"}.get(kind, kind))
     if checkpointing:
@@ -86,10 +86,11 @@ def build(kind: str, shape: str, layers: int | None, checkpointing: bool, link: 
     for layer in model.layers:
         shard(layer)
     shard(model)
-    model.to_empty(device="cuda")
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
+    if kind != "torchao":  # its tensors cannot be made later
+        model.to_empty(device="cuda")
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.02) if parameter.dim() > 1 else parameter.data.fill_(1)
     model.rotary_emb = type(model.rotary_emb)(config, device="cuda")
     for module in (model, *model.layers):
         module.set_custom_all_gather(SlowAllGather(link))

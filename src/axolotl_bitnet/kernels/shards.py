@@ -27,7 +27,7 @@ def _pack(w_ptr, g_ptr, packed_ptr, rows, columns, blocks, BLOCK: tl.constexpr):
     byte = tl.zeros((BLOCK,), tl.int32)
     for quarter in tl.static_range(4):
         row = byte_row * 4 + quarter
-        inside = (column < columns) & (row < rows)
+        inside = column < tl.where(row < rows, columns, 0)
         w = tl.load(w_ptr + row * columns + column, mask=inside, other=0.0)
         byte = byte | ((ternary_codes(w, inverse_g).to(tl.int32) + 1) << (2 * quarter))
     tl.store(packed_ptr + byte_row * columns + column, byte.to(tl.uint8), mask=column < columns)
@@ -47,7 +47,7 @@ def _unpack(
     for quarter in tl.static_range(4):
         within = (byte_row % shard_bytes) * 4 + quarter
         row = (byte_row // shard_bytes) * shard_rows + within
-        inside = (column < columns) & (within < shard_rows) & (row < rows)
+        inside = column < tl.where((within < shard_rows) & (row < rows), columns, 0)
         codes = ((byte >> (2 * quarter)) & 3) - 1
         if DEQUANTIZE:
             out = cast(codes.to(tl.float32) * inverse_s, out_ptr.dtype.element_ty)

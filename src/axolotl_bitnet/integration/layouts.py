@@ -14,8 +14,8 @@ def layout_refusals(cfg: Mapping[str, Any]) -> list[str]:
     tensor_parallel = cfg.get("tensor_parallel_size")
     if isinstance(tensor_parallel, int) and tensor_parallel > 1:
         found.append(
-            "`tensor_parallel_size` above 1 with `use_onebitllms`: a rank would take the scales of its part of "
-            "a matrix, or of a token, for those of the whole. (Needed would be: a sum over ranks for each "
+            "`tensor_parallel_size` above 1 with `use_onebitllms`: a rank would take the scales of its part "
+            "of a matrix, or of a token, for those of the whole. (Needed would be: a sum over ranks for each "
             "weight's scale; where the input is split, a maximum for each token's; partial products added as "
             "integers.) Use FSDP2 (`dp_shard_size`) instead"
         )
@@ -52,7 +52,8 @@ def _deepspeed_refusals(cfg: Mapping[str, Any]) -> list[str]:
     if str(zero.get("stage")) == "3" and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         found.append(
             "DeepSpeed ZeRO-3 with `use_onebitllms`, but not `stage3_gather_16bit_weights_on_model_save: "
-            "true` in the DeepSpeed config's `zero_optimization`: the run would end without weights to pack. Add it"
+            "true` in the DeepSpeed config's `zero_optimization`: the run would end without weights to pack. "
+            "Add it"
         )
     if zero.get("zero_quantized_weights"):
         found.append(

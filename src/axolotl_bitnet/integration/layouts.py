@@ -32,8 +32,8 @@ def fsdp_refusals(cfg: Mapping[str, Any]) -> list[str]:
     found = []
     if options.get("gather") == "ternary":
         found.append(
-            "`bitnet.gather: ternary` is FSDP2's all-gather in 2 bits, and this run is not under FSDP2: remove "
-            "it, or set `fsdp_version: 2` and `fsdp_config`"
+            "`bitnet.gather: ternary` is FSDP2's all-gather in 2 bits, and this run is not under FSDP2: "
+            "remove it, or set `fsdp_version: 2` and `fsdp_config`"
         )
     if not sharded:
         return found

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from test_fsdp2 import batch, build
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -149,6 +150,8 @@ def gathered() -> Any:
     )
     assert torch.equal(transposed_codes(weight, g)[0], codes.t())
     assert torch.equal(weight * 2, plain.dequantized_weight(latents, g, torch.bfloat16) * 2)
+    with FakeTensorMode() as fake:  # a compiler logs what it compiles
+        assert "GatheredWeight((37, 24)" in repr(fake.from_tensor(weight))
     with pytest.raises(RuntimeError, match="only read"):
         weight.data.zero_()
     assert (

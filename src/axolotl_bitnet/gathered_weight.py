@@ -65,6 +65,10 @@ class GatheredWeight(Tensor):
         args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs))
         return function(*args, **kwargs)
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        # Tensor's own reads elements, which a compiler that logs its inputs has none of
+        return f"GatheredWeight({tuple(self.shape)}, {self.dtype}, {self.shards} shards on {self.device})"
+
     def codes(self) -> Tensor:
         """int8 of the weight's shape."""
         return shard_ops.unpack_shards(self.packed, self.shards, self.shape[0])

@@ -166,9 +166,11 @@ class BitNetPlugin(BasePlugin):
 
 def _gathering(cfg: Any, trainer: Any) -> list[Any]:
     """The callback that makes FSDP2 gather 2-bit codes, where that is asked for or possible; and says so."""
+    if str(cfg.fsdp_version) != "2":
+        return []
     wish = _options(cfg).gather
     reason = "bitnet.gather: native"
-    if wish != "native" and str(cfg.fsdp_version) == "2":
+    if wish != "native":
         try:
             from ..training.gather import GatherTernary
         except ImportError as error:  # it reaches into FSDP2's own modules

@@ -6,5 +6,5 @@ from typing import Any
 
 
 def low_tokens(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-    """The share of a completion's tokens in the lower half of the demo's vocabulary: every policy gets some."""
+    """The share of a completion's tokens in the lower half of the demo's vocabulary."""
     return [sum(token < 256 for token in ids) / max(len(ids), 1) for ids in columns["completion_ids"]]

@@ -73,7 +73,7 @@ def refuse_dense_judges(trainer: Any) -> None:
     Latents computed as dense weights are another model than the one that was trained to judge.
     """
     for judge in getattr(trainer, "reward_funcs", None) or []:
-        config = getattr(judge, "config", None)
+        config: Any = getattr(judge, "config", None)
         if (
             isinstance(judge, nn.Module)
             and hasattr(config, CONFIG_KEY)

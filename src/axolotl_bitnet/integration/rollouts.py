@@ -1,9 +1,9 @@
 """GRPO's rollouts in vLLM: what TRL pushes there must be the ternary weights, not the latents.
 
-vLLM computes whatever weights it is given as dense ones. So a BitLinear's weight is pushed as ``codes / s``,
-everything else as it is; under the same names, shapes and dtypes as TRL would push. (vLLM does not quantize
-activations to 8 bits, so its probabilities are near the policy's, not equal to them; TRL's importance sampling
-corrects for that.)
+vLLM computes whatever weights it is given as dense ones. So a BitLinear's weight is pushed as ``codes / s``
+and everything else as it is, under the names, shapes and dtypes that TRL would push. vLLM does not quantize
+activations to 8 bits: its probabilities are near the policy's, not equal to them, and TRL's importance
+sampling corrects for the difference.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def push_dense_ternary(generation: Any, policy: nn.Module) -> None:
         generation._push_param_to_vllm = lambda name, value: push(name, as_pushed(name, value))
     else:
         raise RuntimeError(
-            f"`trl.use_vllm` with `use_onebitllms`: {type(generation).__name__} of this TRL pushes weights in "
-            "a way that is not known here, and vLLM would generate from the latents. Set it to false"
+            "`trl.use_vllm` with `use_onebitllms`: this TRL pushes weights in a way that is not known here, "
+            "and vLLM would generate from the latents. Set it to false"
         )
 
     def sync_weights() -> None:
@@ -76,8 +76,8 @@ def push_dense_ternary(generation: Any, policy: nn.Module) -> None:
         sync()
         if passed_by := sorted(names - pushed):
             raise RuntimeError(
-                f"{len(passed_by)} ternary weights did not reach vLLM as codes / s (first: {passed_by[0]}): it "
-                "would generate from another model than the policy"
+                f"{len(passed_by)} ternary weights did not reach vLLM as codes / s (first: {passed_by[0]}): "
+                "it would generate from another model than the policy. Please report this configuration"
             )
 
     generation.sync_weights = sync_weights

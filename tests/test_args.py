@@ -24,8 +24,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
     ({"flash_attn_fuse_mlp": True}, "flash_attn_fuse_mlp"),
     ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3"),
-    ({"rl": "kto"}, "rl: kto"),
-    ({"rl": "grpo"}, "rl: grpo"),
+    ({"rl": "ebft"}, "rl: ebft"),
     ({"bitnet": {"learning_rate_scope": "ternary"}, "optimizer": "muon"}, "optimizer: muon"),
     ({"bitnet": {"learning_rate_scope": "ternary"}, "optimizer": "q_galore_adamw8bit"}, "galore"),
     ({"bitnet": {"learning_rate_scope": "ternary"}, "loraplus_lr_ratio": 2.0}, "loraplus_lr_ratio"),
@@ -153,7 +152,7 @@ def test_axolotl_takes_the_block() -> None:
         ({"use_onebitllms": None, "bitnet": {}}, "would train a dense model"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
         ({"fsdp_version": 1, "fsdp_config": {"reshard_after_forward": True}}, "fsdp_version: 2|FSDP1"),
-        ({"rl": "kto", "datasets": [{"path": "d.jsonl", "type": "chatml.argilla"}]}, "rl: kto"),
+        ({"rl": "ebft", "datasets": [{"path": "d.jsonl", "type": "chatml.argilla"}]}, "rl: ebft"),
     ],
 )
 def test_axolotl_refuses_before_loading(keys: dict[str, Any], words: str) -> None:

@@ -41,11 +41,10 @@ ZERO_AT_FIRST = {
     "ipo": ["rewards/chosen", "rewards/rejected", "rewards/margins"],
     "kto": ["kl", "rewards/chosen", "rewards/rejected", "rewards/margins"],
     "grpo": ["kl"],
-    "gdpo": ["kl"],
 }
 
 
-@pytest.mark.parametrize("method", ["dpo", "ipo", "orpo", "simpo", "kto", "grpo", "gdpo"])
+@pytest.mark.parametrize("method", ["dpo", "ipo", "orpo", "simpo", "kto", "grpo"])
 def test_a_method_starts_where_it_should_moves_and_ships_what_it_trained(
     method: str, base: Path, tmp_path: Path
 ) -> None:
@@ -67,7 +66,7 @@ def test_a_method_starts_where_it_should_moves_and_ships_what_it_trained(
     assert record["artifacts"]["packed"]["verified"] is True
 
 
-@pytest.mark.parametrize(("method", "precompute"), [("kto", None), ("grpo", None), ("dpo", True)])
+@pytest.mark.parametrize(("method", "precompute"), [("kto", None), ("dpo", True)])
 def test_loaded_in_bfloat16_a_method_starts_at_zero_all_the_same(
     method: str, precompute: bool | None, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,11 +83,11 @@ def test_loaded_in_bfloat16_a_method_starts_at_zero_all_the_same(
 
 
 def test_a_synchronized_reference_is_the_policy_again(base: Path, tmp_path: Path) -> None:
-    block = grpo_block(sync_ref_model=True, ref_model_mixup_alpha=1.0, ref_model_sync_steps=4)
-    run = train(settings_of("grpo", tmp_path, base, trl=block, max_steps=8))
+    block = grpo_block(sync_ref_model=True, ref_model_mixup_alpha=1.0, ref_model_sync_steps=STEPS // 2)
+    run = train(settings_of("gdpo", tmp_path, base, trl=block))
     kl = run.logged("kl")
-    assert kl[0] == 0 and kl[4] == 0 and all(value > 0 for i, value in enumerate(kl) if i not in (0, 4))
-    assert flipped(run.trainer.ref_model, run.model) == 0  # step 8 was a synchronization too
+    assert len(kl) == STEPS and [i for i, value in enumerate(kl) if value == 0] == [0, STEPS // 2]
+    assert flipped(run.trainer.ref_model, run.model) == 0  # the last step synchronized them too
     assert flipped(run.trainer.ref_model, _ternary_base(base)) > 0
 
 
@@ -118,12 +117,6 @@ def test_rollouts_come_from_the_ternary_policy(
     assert policy != dense
 
 
-def test_without_beta_there_is_no_reference_and_nothing_to_replace(base: Path, tmp_path: Path) -> None:
-    run = train(settings_of("grpo", tmp_path, base, trl=grpo_block(beta=None), max_steps=3))
-    assert run.trainer.ref_model is None
-    assert flipped(run.model, _ternary_base(base)) > 0
-
-
 def test_precomputed_log_probabilities_of_a_dense_run_are_not_taken(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,14 +130,13 @@ def test_precomputed_log_probabilities_of_a_dense_run_are_not_taken(
         return original(self, *args)
 
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", counting)
-    keys: dict[str, Any] = {"max_steps": 2, "precompute_ref_log_probs": True}
+    keys: dict[str, Any] = {"max_steps": 1, "precompute_ref_log_probs": True}
     prepare(settings_of("dpo", tmp_path, base, **keys))
     found = []
     for ternary in (None, True, True):
         computed = 0
         run = train(settings_of("dpo", tmp_path, base, use_onebitllms=ternary, **keys))
         assert run.logged("rewards/chosen")[0] == run.logged("rewards/rejected")[0] == 0
-        assert run.logged("rewards/chosen")[1] != 0
         found.append(computed)
     assert found == [ROWS // 4, ROWS // 4, 0]
 

@@ -113,7 +113,7 @@ def test_a_trl_that_keys_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -
     from trl.trainer import dpo_trainer
 
     monkeypatch.delattr(dpo_trainer, "hash_module")
-    with pytest.raises(RuntimeError, match="precompute_ref_log_probs.*no hash_module"):
+    with pytest.raises(RuntimeError, match=r"precompute_ref_log_probs.*no hash_module"):
         key_precomputed_references()
 
 
@@ -124,7 +124,7 @@ def test_a_ternary_reward_model_must_be_packed_to_judge(tiny_model: MakeModel) -
     refuse_dense_judges(judges)  # never ternary
     convert_to_bitlinear(latents)
     assert vars(latents.config).keys() - dense_config.keys() == {references.CONFIG_KEY}
-    with pytest.raises(ValueError, match="reward_funcs.*packed/"):
+    with pytest.raises(ValueError, match=r"reward_funcs.*packed/"):
         refuse_dense_judges(judges)
     latents.config.quantization_config = {"quant_method": "bitnet"}
     refuse_dense_judges(judges)

@@ -45,7 +45,7 @@ def test_a_reward_model_trains_packs_and_judges_alike(
     assert flipped(run.model.model, start) > 100
     score = run.model.score
     assert type(score) is torch.nn.Linear and score.weight.shape == (labels, 64)
-    assert score.weight.grad is not None or any(score.weight is p for p in run.trainer.model.parameters())
+    assert run.trainer.optimizer.state[score.weight]["exp_avg_sq"].sum() > 0  # it trains too
 
     out, packed = tmp_path / "out", tmp_path / "out" / "packed"
     assert json.loads((out / "bitnet.json").read_text())["dense"] == ["score"]

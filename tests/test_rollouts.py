@@ -229,6 +229,7 @@ def test_a_grpo_run_pushes_before_it_generates_and_after_every_step(
     keys = {"vllm": {"max_model_len": 64, "gpu_memory_utilization": 0.1, "tensor_parallel_size": 1}}
     run = train(settings_of("grpo", tmp_path, base, trl=block, **keys))
     assert syncs == STEPS and len(set(run.losses)) > 1
+    assert run.trainer.ref_model is None  # without beta there is nothing to replace
     # Weights are the policy's to the bit; activations are not 8 bits here, so ratios are near 1, not equal
     ratios = run.logged("sampling/importance_sampling_ratio/mean")
     assert len(ratios) == STEPS and all(0.9 < ratio < 1.1 for ratio in ratios)

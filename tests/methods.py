@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import TINY, config, preference, train
+from runs import TINY, config, preference
 from transformers import AutoTokenizer
 
 from axolotl_bitnet.bitlinear import BitLinear
@@ -30,7 +30,7 @@ def settings_of(method: str, folder: Path, base: Path, **overrides: Any) -> dict
     """The config of a run of ``STEPS`` steps: an `rl:` method, or a key like `reward_model`."""
     keys: dict[str, Any] = {"max_steps": STEPS, "learning_rate": 3e-3, "sequence_len": 48}
     keys["datasets"] = [_rows_of(method, folder)]
-    keys["remove_unused_columns"] = False
+    keys |= {"remove_unused_columns": False, "dataset_num_proc": 0}  # one process starts a pool
     if method in ("reward_model", "process_reward_model"):
         return config(folder, base, **(keys | {method: True} | overrides))
     if method == "orpo":
@@ -124,6 +124,3 @@ def flipped(model: torch.nn.Module, other: torch.nn.Module) -> int:
     ours, theirs = codes_of_model(model), codes_of_model(other)
     assert ours.keys() == theirs.keys() and ours
     return sum(int((ours[name] != theirs[name]).sum()) for name in ours)
-
-
-__all__ = ["ROWS", "STEPS", "codes_of_model", "flipped", "grpo_block", "save_base", "settings_of", "train"]

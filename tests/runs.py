@@ -6,6 +6,7 @@ with ``--hide`` as if this package were not installed.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -99,7 +100,11 @@ def train(settings: dict[str, Any]) -> Run:
     from axolotl.train import train as axolotl_train
 
     cfg, data = prepare(settings)
-    model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=data)
+    gc.freeze()  # Axolotl collects garbage all the time, which takes longer than a step
+    try:
+        model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=data)
+    finally:
+        gc.unfreeze()
     return Run(trainer, model, cfg)
 
 

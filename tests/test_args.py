@@ -26,8 +26,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"flash_attn_fuse_mlp": True}, "flash_attn_fuse_mlp"),
     ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "stage3_gather_16bit_weights_on_model_save"),
     ({"deepspeed": {"zero_optimization": {"zero_quantized_weights": True}}}, "zero_quantized_weights"),
-    ({"rl": "kto"}, "rl: kto"),
-    ({"rl": "grpo"}, "rl: grpo"),
+    ({"rl": "ebft"}, "rl: ebft"),
     ({"bitnet": {"learning_rate_scope": "ternary"}, "optimizer": "muon"}, "optimizer: muon"),
     ({"bitnet": {"learning_rate_scope": "ternary"}, "optimizer": "q_galore_adamw8bit"}, "galore"),
     ({"bitnet": {"learning_rate_scope": "ternary"}, "loraplus_lr_ratio": 2.0}, "loraplus_lr_ratio"),
@@ -183,7 +182,7 @@ def test_axolotl_takes_the_block() -> None:
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
         (FSDP1 | {"bitnet": {"latent_dtype": "bfloat16"}}, "latent_dtype: bfloat16.*FSDP1|has been removed"),
         (FSDP1 | {"bitnet": {"learning_rate_scope": "ternary"}}, "scope: ternary.*FSDP1|has been removed"),
-        ({"rl": "kto", "datasets": [{"path": "d.jsonl", "type": "chatml.argilla"}]}, "rl: kto"),
+        ({"rl": "ebft", "datasets": [{"path": "d.jsonl", "type": "chatml.argilla"}]}, "rl: ebft"),
     ],
 )
 def test_axolotl_refuses_before_loading(keys: dict[str, Any], words: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .layouts import fsdp_refusals, layout_refusals
+from .preference import preference_refusals
 
 
 class BitNetConfig(BaseModel):
@@ -155,22 +156,11 @@ def refusals(cfg: Mapping[str, Any]) -> list[str]:
             "layers and would compute them dense. Remove it"
         )
     found += layout_refusals(cfg)
-    found += _preference_refusals(cfg)
+    found += preference_refusals(cfg)
     bitnet = cfg.get("bitnet")
     if isinstance(bitnet, Mapping) and bitnet.get("learning_rate_scope") == "ternary":
         found += _scope_refusals(cfg)
     return found
-
-
-def _preference_refusals(cfg: Mapping[str, Any]) -> list[str]:
-    method = cfg.get("rl")
-    method = getattr(method, "value", method)
-    if method in (None, "dpo", "ipo", "orpo", "simpo"):
-        return []
-    return [
-        f"`rl: {method}` with `use_onebitllms`: its reference model or its rollouts would be the dense "
-        "latents, another model than the one being trained. Use dpo, ipo, orpo or simpo"
-    ]
 
 
 def _scope_refusals(cfg: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from axolotl.integrations.base import BasePlugin
 
-from ..bitlinear import BitLinear
 from ..checkpoint.artifacts import PACKED, finish_run, set_aside, weight_bytes
 from ..checkpoint.stream import CheckpointError, CheckpointReader
 from ..convert import CONFIG_KEY, convert_to_bitlinear
@@ -26,6 +25,8 @@ from ..training.keep_codes import KeepCodes
 from ..training.latents import match_reference, restore_low_bits, ternary_name_patterns, upcast_trainable
 from .args import BitNetConfig
 from .base_model import check_base, local_folder
+from .references import key_precomputed_references, refuse_dense_judges, settle_reference
+from .rollouts import push_dense_ternary
 
 # A child of Axolotl's logger has its handler and level. Axolotl's own wrapper asks for the process group,
 # which is gone when the artifacts are made.
@@ -38,6 +39,7 @@ class BitNetPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self._trained: Fingerprint | None = None
+        self._reference: torch.nn.Module | None = None  # between its loading and post_trainer_create
 
     def get_input_args(self) -> str:
         return "axolotl_bitnet.integration.args.BitNetArgs"
@@ -74,9 +76,12 @@ class BitNetPlugin(BasePlugin):
             _warn(warning)
 
     def post_model_load(self, cfg: Any, model: torch.nn.Module) -> None:
-        if not cfg.use_onebitllms or cfg.bitnet_rate_applied or cfg.learning_rate is None:
+        if not cfg.use_onebitllms or cfg.learning_rate is None:
             return
-        cfg.bitnet_rate_applied = True  # preference methods load a second model
+        self._reference = model if cfg.bitnet_rate_applied else None
+        if cfg.bitnet_rate_applied:  # preference methods load a second model
+            return
+        cfg.bitnet_rate_applied = True
         options = _options(cfg)
         base, multiplier = float(cfg.learning_rate), options.learning_rate_multiplier
         effective = base * multiplier
@@ -91,6 +96,13 @@ class BitNetPlugin(BasePlugin):
             "learning rate: base %g x multiplier %g = effective %g (%s)", base, multiplier, effective, reach
         )
 
+    def add_callbacks_pre_trainer(self, cfg: Any, model: torch.nn.Module) -> list[Any]:
+        if cfg.use_onebitllms and cfg.precompute_ref_log_probs:  # TRL does so while it makes the trainer
+            key_precomputed_references()
+            if not cfg.fsdp_config:  # Axolotl casts both models back there
+                self._prepare_latents(cfg, model, self._reference)
+        return []
+
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         if not cfg.use_onebitllms or cfg.deepspeed:
             return []
@@ -103,18 +115,20 @@ class BitNetPlugin(BasePlugin):
         if not cfg.use_onebitllms:
             return
         self._trained = None
-        reference = getattr(trainer, "ref_model", None)
-        if reference is not None and not any(isinstance(module, BitLinear) for module in reference.modules()):
-            raise RuntimeError(
-                f"the reference model of {type(trainer).__name__} is dense and the policy ternary: rewards "
-                "would compare two different models. Please report this configuration"
-            )
+        loaded, self._reference = self._reference, None
+        reference = settle_reference(trainer, loaded)
+        refuse_dense_judges(trainer)
+        if getattr(trainer, "use_vllm", False):
+            push_dense_ternary(trainer.vllm_generation, trainer.model)
+        self._prepare_latents(cfg, trainer.model, reference)
+
+    def _prepare_latents(self, cfg: Any, policy: torch.nn.Module, reference: torch.nn.Module | None) -> None:
         if _options(cfg).latent_dtype != "float32" or cfg.deepspeed:  # DeepSpeed keeps float32 masters itself
             return
-        upcast = upcast_trainable(trainer.model)
+        upcast = upcast_trainable(policy)
         loaded_as = cfg.torch_dtype
         if loaded_as is not None and loaded_as != torch.float32 and _holds_weights(cfg):
-            restored = restore_low_bits(trainer.model, _stored_float32(cfg), loaded_as)
+            restored = restore_low_bits(policy, _stored_float32(cfg), loaded_as)
             if restored:
                 _info("read the full float32 values of %d tensors from the base", restored)
         if upcast:
@@ -123,7 +137,7 @@ class BitNetPlugin(BasePlugin):
                 upcast * 2 / 2**30,
             )
         if reference is not None and not cfg.fsdp_config:  # FSDP2 computes both in its own dtype
-            match_reference(trainer.model, reference)
+            match_reference(policy, reference)
 
     def post_train(self, cfg: Any, model: torch.nn.Module) -> None:
         """Called twice: before the final save, with all ranks alive, and after it, with the group gone."""

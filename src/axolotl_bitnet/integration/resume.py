@@ -205,7 +205,11 @@ def _set_epoch(loader: Any, epoch: int) -> None:
     if hasattr(loader, "set_epoch"):
         loader.set_epoch(epoch)
     sharded = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
-    if hasattr(sharded, "set_epoch") and hasattr(transformers.trainer, "BatchRebalanceSampler"):
+    if (
+        sharded is not None
+        and hasattr(sharded, "set_epoch")
+        and hasattr(transformers.trainer, "BatchRebalanceSampler")
+    ):
         sharded.set_epoch(epoch)  # of several ranks: the Trainer reaches it since it has that sampler
 
 

@@ -103,7 +103,8 @@ def _optimizer(folder: Path) -> Iterator[str]:
         yield from _distributed(sharded)
     elif (folder / "latest").exists():
         yield from _deepspeed(folder)
-        return  # the engine keeps the schedule, or the Trainer does: both are known
+        if not (folder / "scheduler.pt").exists():
+            return  # a schedule of DeepSpeed's own is among its states
     else:
         name = "optimizer.bin" if (folder / _FULL_MODEL).exists() else "optimizer.pt"
         yield from _archive(folder / name)

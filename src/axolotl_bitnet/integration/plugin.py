@@ -21,11 +21,21 @@ from ..checkpoint.stream import CheckpointError, CheckpointReader
 from ..convert import CONFIG_KEY, convert_to_bitlinear
 from ..fingerprint import Fingerprint, fingerprint_model
 from ..preflight import preflight
+from ..ternary import DEFINITION
 from ..training.keep_codes import KeepCodes
 from ..training.latents import match_reference, restore_low_bits, ternary_name_patterns, upcast_trainable
 from .args import BitNetConfig
 from .base_model import check_base, local_folder
 from .references import key_precomputed_references, refuse_dense_judges, settle_reference
+from .resume import (
+    TernaryRun,
+    guard,
+    refuse_other_layers,
+    refuse_other_run,
+    refuse_ternary_checkpoint,
+    settings_of,
+    settle,
+)
 from .rollouts import push_dense_ternary
 
 # A child of Axolotl's logger has its handler and level. Axolotl's own wrapper asks for the process group,
@@ -40,15 +50,22 @@ class BitNetPlugin(BasePlugin):
         super().__init__()
         self._trained: Fingerprint | None = None
         self._reference: torch.nn.Module | None = None  # between its loading and post_trainer_create
+        self._resumed: Path | None = None
 
     def get_input_args(self) -> str:
         return "axolotl_bitnet.integration.args.BitNetArgs"
 
     def pre_model_load(self, cfg: Any) -> None:
         if not cfg.use_onebitllms:
+            refuse_ternary_checkpoint(cfg)
             return
         options = _options(cfg)
         check_base(cfg, options.skip_modules)
+        self._resumed, warning = settle(cfg)
+        if warning:
+            _warn(warning)
+        if self._resumed is not None:
+            refuse_other_run(self._resumed, options)
         if _sharded(cfg):
             # Merging a sharded final save takes the last checkpoint's weights, if there is one, in bfloat16.
             cfg.fsdp_config.final_state_dict_type = cfg.fsdp_config.final_state_dict_type or "FULL_STATE_DICT"
@@ -63,6 +80,8 @@ class BitNetPlugin(BasePlugin):
         was_dense = not cfg.reinit_weights and not hasattr(model.config, CONFIG_KEY)
         options = _options(cfg)
         names = convert_to_bitlinear(model, options.skip_modules, options.fuse, options.int8_grad)
+        if self._resumed is not None:
+            refuse_other_layers(self._resumed, names, DEFINITION)
         found = preflight(model, names) if _holds_weights(cfg) else None
         if found is None or cfg.bitnet_rate_applied:  # a reference model: the same base, already spoken of
             return
@@ -97,11 +116,15 @@ class BitNetPlugin(BasePlugin):
         )
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: torch.nn.Module) -> list[Any]:
-        if cfg.use_onebitllms and cfg.precompute_ref_log_probs:  # TRL does so while it makes the trainer
+        if not cfg.use_onebitllms:
+            return []
+        if cfg.precompute_ref_log_probs:  # TRL does so while it makes the trainer
             key_precomputed_references()
             if not cfg.fsdp_config:  # Axolotl casts both models back there
                 self._prepare_latents(cfg, model, self._reference)
-        return []
+        base = local_folder(cfg)
+        settings = settings_of(_options(cfg), getattr(model.config, CONFIG_KEY))
+        return [TernaryRun(settings, str(base) if base else None)]
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         if not cfg.use_onebitllms or cfg.deepspeed:
@@ -115,6 +138,7 @@ class BitNetPlugin(BasePlugin):
         if not cfg.use_onebitllms:
             return
         self._trained = None
+        guard(trainer)
         loaded, self._reference = self._reference, None
         reference = settle_reference(trainer, loaded)
         refuse_dense_judges(trainer)

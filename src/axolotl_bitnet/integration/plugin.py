@@ -171,8 +171,12 @@ class BitNetPlugin(BasePlugin):
             self._trained = fingerprint_model(model)
             if _is_main_process() and (names := set_aside(cfg.output_dir)):
                 _info("a previous run's %s in %s will be replaced", ", ".join(names), cfg.output_dir)
-            if torch.distributed.is_initialized():
-                torch.distributed.barrier()  # a stale index would keep other ranks from merging
+            _barrier()  # a stale index would keep other ranks from merging
+            if cfg.local_rank == 0 and not _is_main_process():
+                # Axolotl lets the first process of every node save: on one disk, while rank 0 packs the file.
+                cfg.local_rank = int(os.environ["RANK"])
+                set_aside(cfg.output_dir)  # on a disk of the node's own, they would pass for this run's
+            _barrier()
             return
         trained, self._trained = self._trained, None
         if _is_main_process():
@@ -250,6 +254,11 @@ def _stored_float32(cfg: Any) -> dict[str, Any]:
         return {}  # no safetensors: random weights, or files that are not read
     wanted = [entry.name for entry in reader.entries.values() if entry.dtype == torch.float32]
     return {name: partial(reader.tensor, name) for name in wanted}
+
+
+def _barrier() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _is_main_process() -> bool:

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp2-noreshard": fsdp(2, reshard_after_forward=False),
     "fsdp2-efficient": fsdp(2, cpu_ram_efficient_loading=True),
     "fsdp2-offload": fsdp(2, offload_params=True),
+    "fsdp2-native": fsdp(2) | {"bitnet": {"learning_rate_multiplier": 10, "gather": "native"}},
+    "fsdp2-checkpointing": fsdp(2, activation_checkpointing=True),
+    "fsdp2-compile": fsdp(2) | {"torch_compile": True},
+    "fsdp2-accumulation": fsdp(2) | {"gradient_accumulation_steps": 2},
+    "single-bf16": {"bf16": True},
+    "fsdp2-bf16": fsdp(2) | {"bf16": True},
     "zero1": zero(1),
     "zero2": zero(2),
     "zero3": zero(3),
@@ -111,6 +118,7 @@ def launch(name: str, processes: int, out: Path) -> None:
     command += [__file__, "--worker", str(path), str(out / f"{name}.losses.json")]
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}
+    environment |= {} if count > 1 else {"CUDA_VISIBLE_DEVICES": "0"}  # two would be nn.DataParallel
     with (out / f"{name}.log").open("w") as log:
         subprocess.run(command, stdout=log, stderr=log, check=True, env=environment)
 
@@ -136,30 +144,39 @@ def row_of(name: str, out: Path) -> dict[str, Any]:
     return row | {"verified": record["artifacts"]["packed"]["verified"]}
 
 
+def measured(name: str, processes: int, out: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        launch(name, processes, out)
+        row = row_of(name, out)
+    except Exception as error:  # the next layout shall run
+        log = out / f"{name}.log"
+        said = [line for line in log.read_text().splitlines() if "Error" in line] if log.exists() else []
+        row = {"layout": name, "error": (said or [repr(error)])[0][-300:]}
+    return row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("layouts", nargs="+", choices=[*LAYOUTS, "all"])
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--together", type=int, default=1, help="layouts that run at the same time")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "layouts")
     args = parser.parse_args()
     out = args.out.resolve()
     prepare(out)
-    rows = []
-    for name in LAYOUTS if "all" in args.layouts else dict.fromkeys(("single", *args.layouts)):
-        start = time.perf_counter()
-        try:
-            launch(name, args.processes, out)
-            row = row_of(name, out)
-        except Exception as error:  # the next layout shall run
-            log = out / f"{name}.log"
-            said = [line for line in log.read_text().splitlines() if "Error" in line] if log.exists() else []
-            row = {"layout": name, "error": (said or [repr(error)])[0][-300:]}
-        rows.append(row | {"seconds": round(time.perf_counter() - start, 1)})
-        print(rows[-1], flush=True)
-        with (out / "layouts.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
-            writer.writeheader()
-            writer.writerows(rows)
+    names = list(LAYOUTS) if "all" in args.layouts else list(dict.fromkeys(args.layouts))
+    rows = [measured("single", args.processes, out)]
+    print(rows[-1], flush=True)
+    with ThreadPoolExecutor(args.together) as pool:
+        runs = [pool.submit(measured, name, args.processes, out) for name in names if name != "single"]
+        for run in as_completed(runs):
+            rows.append(run.result())
+            print(rows[-1], flush=True)
+            with (out / "layouts.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
+                writer.writeheader()
+                writer.writerows(rows)
 
 
 if __name__ == "__main__":

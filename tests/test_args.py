@@ -12,7 +12,7 @@ from packaging.version import Version
 from pydantic import ValidationError
 
 from axolotl_bitnet.integration.args import BitNetArgs, BitNetConfig, refusals
-from axolotl_bitnet.integration.layouts import fsdp1_refusals
+from axolotl_bitnet.integration.layouts import fsdp_refusals
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"adapter": "lora"}, "adapter: lora"),
@@ -118,13 +118,13 @@ def test_defaults() -> None:
 def test_fsdp1_cannot_honour(block: dict[str, Any], key: str) -> None:
     config = {key: {"reshard_after_forward": True}, "bitnet": block}
     for version_key in ({}, {"fsdp_version": 1}, {"fsdp_version": "1"}):
-        (reason,) = fsdp1_refusals(config | version_key)
+        (reason,) = fsdp_refusals(config | version_key)
         assert next(iter(block)) in reason
-        (reason,) = fsdp1_refusals(config | version_key | {"bitnet": BitNetConfig(**block)})
+        (reason,) = fsdp_refusals(config | version_key | {"bitnet": BitNetConfig(**block)})
         assert next(iter(block)) in reason
-    assert fsdp1_refusals(config | {"fsdp_version": 2}) == []
-    assert fsdp1_refusals({key: config[key]}) == []
-    assert fsdp1_refusals({"bitnet": block}) == []
+    assert fsdp_refusals(config | {"fsdp_version": 2}) == []
+    assert fsdp_refusals({key: config[key]}) == []
+    assert fsdp_refusals({"bitnet": block}) == []
 
 
 def test_deepspeed_stage_is_read_from_a_file(tmp_path: Path) -> None:

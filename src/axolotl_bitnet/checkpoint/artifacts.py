@@ -18,9 +18,7 @@ from .verify import RUN_FILE, VerificationError, VerificationReport, compare
 
 PACKED = "packed"
 _ASIDE = "_previous"  # uploads to a hub leave out names that begin with an underscore
-_LEFTOVER = re.compile(
-    rf"{_ASIDE}(-\d+)?|\.{PACKED}\.(partial|old)-.*"
-)  # the latter of a packing that was killed
+_LEFTOVER = re.compile(rf"{_ASIDE}(-\d+)?|\.{PACKED}\.(partial|old)-.*")  # or of a packing that was killed
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 

@@ -6,6 +6,7 @@ is written last.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,8 @@ from ..checkpoint.artifacts import set_aside
 from ..checkpoint.stream import CheckpointError
 from ..checkpoint.whole import checkpoints, forget, problems, trainer_state
 from .args import BitNetConfig
+
+LOG = logging.getLogger("axolotl.bitnet")
 
 _FREE = {"export", "fuse", "gather", "monitor", "skip_modules", "verify"}
 """Options that may change from one part of a run to the next; layers are compared by their names."""
@@ -52,12 +55,13 @@ class TernaryRun(TrainerCallback, ExportableState):
         return {"args": {"settings": self.settings, "base": self.base}, "attributes": {}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.stateful_callbacks[type(self).__name__] = (
-            self.state()
-        )  # a resumed state has the old one, or none
-        ours = self.base is None or Path(self.base).resolve() != Path(args.output_dir).resolve()
-        if ours and int(os.environ.get("RANK", "0")) == 0:
-            set_aside(args.output_dir)
+        # A resumed state has the settings of the first part.
+        state.stateful_callbacks[type(self).__name__] = self.state()
+        in_place = self.base is not None and Path(self.base).resolve() == Path(args.output_dir).resolve()
+        if in_place or int(os.environ.get("RANK", "0")) != 0:
+            return
+        if names := set_aside(args.output_dir):
+            LOG.info("a previous run's %s in %s will be replaced", ", ".join(names), args.output_dir)
 
 
 def settings_of(options: BitNetConfig, entry: dict[str, Any]) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def test_defaults() -> None:
         "skip_modules": [],
         "fuse": True,
         "int8_grad": False,
+        "gather": None,
         "export": ["packed"],
         "verify": True,
     }

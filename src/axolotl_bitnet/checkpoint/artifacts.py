@@ -20,9 +20,9 @@ _ASIDE = "_previous"  # uploads to a hub leave out names that begin with an unde
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 
-def set_aside(output_dir: str | Path) -> list[str]:
-    """Move a previous run's weights and artifacts out of the way, so that they can never be taken for this
-    run's.
+def set_aside(output_dir: str | Path, weights: bool = True) -> list[str]:
+    """Move a previous run's weights (if asked to) and artifacts out of the way, so that they can never be
+    taken for this run's.
 
     They go to ``output_dir/_previous`` and are deleted by :func:`finish_run` when this run's are in place.
     """
@@ -30,7 +30,9 @@ def set_aside(output_dir: str | Path) -> list[str]:
     if not folder.is_dir():
         return []
     stale = [
-        path for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name) or path.name in (PACKED, RUN_FILE)
+        path
+        for path in folder.iterdir()
+        if (weights and _WEIGHTS.fullmatch(path.name)) or path.name in (PACKED, RUN_FILE)
     ]
     if stale:
         aside = folder / _ASIDE

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .commands import command_refusals
+
 
 class BitNetConfig(BaseModel):
     """The `bitnet:` block. Everything in it is optional."""
@@ -163,6 +165,7 @@ def refusals(cfg: Mapping[str, Any]) -> list[str]:
             "Use `fsdp_version: 2` with `fsdp_config`, or ZeRO-1/2"
         )
     found += _preference_refusals(cfg)
+    found += command_refusals(cfg)
     bitnet = cfg.get("bitnet")
     if isinstance(bitnet, Mapping) and bitnet.get("learning_rate_scope") == "ternary":
         found += _scope_refusals(cfg)

@@ -26,6 +26,8 @@ from ..training.keep_codes import KeepCodes
 from ..training.latents import match_reference, restore_low_bits, ternary_name_patterns, upcast_trainable
 from .args import BitNetConfig
 from .base_model import check_base, local_folder
+from .commands import refuse_dense_reference
+from .hub import Repository, published, repository_of
 
 # A child of Axolotl's logger has its handler and level. Axolotl's own wrapper asks for the process group,
 # which is gone when the artifacts are made.
@@ -38,6 +40,7 @@ class BitNetPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self._trained: Fingerprint | None = None
+        self._repository: Repository | None = None
 
     def get_input_args(self) -> str:
         return "axolotl_bitnet.integration.args.BitNetArgs"
@@ -92,7 +95,11 @@ class BitNetPlugin(BasePlugin):
         )
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        if not cfg.use_onebitllms or cfg.fsdp_config or cfg.deepspeed:  # whole weights are not there to keep
+        if not cfg.use_onebitllms:
+            return []
+        if cfg.rl in ("dpo", "ipo"):  # which load their reference through the plugin when they train
+            refuse_dense_reference(cfg, trainer)
+        if cfg.fsdp_config or cfg.deepspeed:  # whole weights are not there to keep
             return []
         rereads = (cfg.gradient_accumulation_steps or 1) > 1 or bool(cfg.gradient_checkpointing)
         return [KeepCodes()] if rereads else []
@@ -101,6 +108,9 @@ class BitNetPlugin(BasePlugin):
         if not cfg.use_onebitllms:
             return
         self._trained = None
+        self._repository = repository_of(trainer)
+        if self._repository is not None:  # else pushes in the course of training would take them along
+            set_aside(cfg.output_dir, weights=False)
         reference = getattr(trainer, "ref_model", None)
         if reference is not None and not any(isinstance(module, BitLinear) for module in reference.modules()):
             raise RuntimeError(
@@ -136,7 +146,8 @@ class BitNetPlugin(BasePlugin):
             return
         trained, self._trained = self._trained, None
         if _is_main_process():
-            self._finish(Path(cfg.output_dir), trained, _options(cfg))
+            with published(cfg.output_dir, self._repository):
+                self._finish(Path(cfg.output_dir), trained, _options(cfg))
 
     def _finish(self, output_dir: Path, trained: Fingerprint, options: BitNetConfig) -> None:
         try:

@@ -22,9 +22,9 @@ _LEFTOVER = re.compile(rf"{_ASIDE}(-\d+)?|\.{PACKED}\.(partial|old)-.*")  # or o
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 
-def set_aside(output_dir: str | Path) -> list[str]:
-    """Move a previous run's weights and artifacts out of the way, so that they can never be taken for this
-    run's, nor mixed with them.
+def set_aside(output_dir: str | Path, weights: bool = True) -> list[str]:
+    """Move a previous run's weights (if asked to) and artifacts out of the way, so that they can never be
+    taken for this run's, nor mixed with them.
 
     They go to ``output_dir/_previous`` (``_previous-2``, ... if there is one) and are deleted by
     :func:`finish_run` when this run's are in place.
@@ -33,7 +33,9 @@ def set_aside(output_dir: str | Path) -> list[str]:
     if not folder.is_dir():
         return []
     stale = [
-        path for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name) or path.name in (PACKED, RUN_FILE)
+        path
+        for path in folder.iterdir()
+        if (weights and _WEIGHTS.fullmatch(path.name)) or path.name in (PACKED, RUN_FILE)
     ]
     if stale:
         taken = {path.name for path in folder.iterdir()}

@@ -35,6 +35,10 @@ MORE_TEMPLATES = "additional_chat_templates"
 """Folder beside them, where a tokenizer has several chat templates."""
 
 
+MERGED = "merged"
+"""Where Axolotl merges sharded weights, below the output folder."""
+
+
 def read_plan(config: dict[str, Any], where: str | Path) -> Plan:
     """Names of a checkpoint's ternary and dense linear layers, as conversion wrote them into its config.
 
@@ -54,14 +58,19 @@ def read_plan(config: dict[str, Any], where: str | Path) -> Plan:
 class LatentCheckpoint:
     """A folder of latents, read tensor by tensor.
 
+    Axolotl's merge-sharded-fsdp-weights writes nothing but weights, into ``output_dir/merged``: their config
+    and tokenizer are those of ``output_dir``, the folder ``self.companions``.
+
     Raises:
         CheckpointError: no safetensors or no config there, or a converted layer has no floating-point matrix.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.config = read_json(self.folder / "config.json")
-        self.names = read_plan(self.config, self.folder / "config.json")
+        merged = self.folder.resolve().name == MERGED and not (self.folder / "config.json").exists()
+        self.companions = self.folder.resolve().parent if merged else self.folder
+        self.config = read_json(self.companions / "config.json")
+        self.names = read_plan(self.config, self.companions / "config.json")
         self.reader = CheckpointReader(self.folder)
         for name in self.names.converted:
             entry = self.reader.entries.get(f"{name}.weight")

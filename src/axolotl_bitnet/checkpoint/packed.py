@@ -91,7 +91,7 @@ def pack_checkpoint(
                 else:
                     writer.write(name, latents.reader.tensor(name))
         write_json(work / "config.json", packed_config(latents.config, latents.names))
-        copy_companions(latents.folder, work)
+        copy_companions(latents.companions, work)
         if check is not None:
             check(work)
     return Path(dst)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .commands import command_refusals
 from .layouts import fsdp_refusals, layout_refusals
 from .preference import preference_refusals
 
@@ -157,6 +158,7 @@ def refusals(cfg: Mapping[str, Any]) -> list[str]:
         )
     found += layout_refusals(cfg)
     found += preference_refusals(cfg)
+    found += command_refusals(cfg)
     bitnet = cfg.get("bitnet")
     if isinstance(bitnet, Mapping) and bitnet.get("learning_rate_scope") == "ternary":
         found += _scope_refusals(cfg)

@@ -26,6 +26,8 @@ from ..training.keep_codes import KeepCodes
 from ..training.latents import match_reference, restore_low_bits, ternary_name_patterns, upcast_trainable
 from .args import BitNetConfig
 from .base_model import check_base, local_folder
+from .commands import refuse_dense_reference
+from .hub import Repository, published, repository_of
 from .references import key_precomputed_references, refuse_dense_judges, settle_reference
 from .resume import (
     TernaryRun,
@@ -51,6 +53,7 @@ class BitNetPlugin(BasePlugin):
         self._trained: Fingerprint | None = None
         self._reference: torch.nn.Module | None = None  # between its loading and post_trainer_create
         self._resumed: Path | None = None
+        self._repository: Repository | None = None
 
     def get_input_args(self) -> str:
         return "axolotl_bitnet.integration.args.BitNetArgs"
@@ -127,7 +130,11 @@ class BitNetPlugin(BasePlugin):
         return [TernaryRun(settings, str(base) if base else None)]
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        if not cfg.use_onebitllms or cfg.deepspeed:
+        if not cfg.use_onebitllms:
+            return []
+        if cfg.rl in ("dpo", "ipo"):  # which load their reference through the plugin when they train
+            refuse_dense_reference(cfg, trainer)
+        if cfg.deepspeed:
             return []
         if cfg.fsdp_config:  # whole weights are not there to keep
             return _gathering(cfg, trainer)
@@ -138,6 +145,9 @@ class BitNetPlugin(BasePlugin):
         if not cfg.use_onebitllms:
             return
         self._trained = None
+        self._repository = repository_of(trainer)
+        if self._repository is not None:  # else pushes in the course of training would take them along
+            set_aside(cfg.output_dir, weights=False)
         guard(trainer)
         loaded, self._reference = self._reference, None
         reference = settle_reference(trainer, loaded)
@@ -180,7 +190,8 @@ class BitNetPlugin(BasePlugin):
             return
         trained, self._trained = self._trained, None
         if _is_main_process():
-            self._finish(Path(cfg.output_dir), trained, _options(cfg))
+            with published(cfg.output_dir, self._repository):
+                self._finish(Path(cfg.output_dir), trained, _options(cfg))
 
     def _finish(self, output_dir: Path, trained: Fingerprint, options: BitNetConfig) -> None:
         try:

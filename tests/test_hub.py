@@ -1,0 +1,173 @@
+"""What reaches the hub, with a stand-in for its API: nothing here can reach the network."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("axolotl.cli")
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
+from runs import TINY, config, train
+from transformers import AutoTokenizer
+
+from axolotl_bitnet.checkpoint.verify import VerificationError, verify_checkpoint
+from axolotl_bitnet.fingerprint import Fingerprint
+from axolotl_bitnet.integration import hub
+from axolotl_bitnet.integration import plugin as plugin_module
+
+Files = dict[str, bytes]
+
+
+class Hub:
+    """One repository: its files after each commit, filtered as huggingface_hub filters them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.commits: list[tuple[str, Files]] = []
+        self.files: Files = {}
+        self.broken = False
+        monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="someone/model"))
+        monkeypatch.setattr(HfApi, "upload_folder", lambda _, **keys: self.upload(**keys))
+
+    def upload(
+        self,
+        repo_id: str,
+        folder_path: str | Path,
+        commit_message: str = "",
+        token: str | None = None,
+        revision: str | None = None,
+        run_as_future: bool = False,
+        **patterns: Any,
+    ) -> Any:
+        assert repo_id == "someone/model" and "path_in_repo" not in patterns
+        if self.broken:
+            raise ConnectionError("no hub today")
+        folder = Path(folder_path)
+        found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        allow, ignore = patterns.get("allow_patterns"), patterns.get("ignore_patterns")
+        kept = filter_repo_objects(found, allow_patterns=allow, ignore_patterns=ignore)
+        if delete := patterns.get("delete_patterns"):
+            for name in list(filter_repo_objects(list(self.files), allow_patterns=delete)):
+                del self.files[name]
+        self.files |= {name: (folder / name).read_bytes() for name in kept}
+        self.commits.append((commit_message, dict(self.files)))
+        if run_as_future:
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+        return None
+
+
+@pytest.fixture
+def repository(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    return Hub(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., torch.nn.Module]) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    tiny_model("Llama", vocab_size=-(-len(tokenizer) // 32) * 32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _pushing(folder: Path, base: Path, **overrides: Any) -> dict[str, Any]:
+    keys = {"hub_model_id": "model", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    return config(folder, base, **(keys | overrides))
+
+
+def _packed(files: Files) -> Files:
+    return {name: data for name, data in files.items() if name.startswith("packed/")}
+
+
+def _download(files: Files, folder: Path) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_packed_model_reaches_the_hub_whole_and_alone(
+    repository: Hub, base: Path, tmp_path: Path
+) -> None:
+    """Two runs into one folder and one repository: no commit holds another run's packed model as its own."""
+    train(_pushing(tmp_path, base))
+    first = repository.commits[-1][1]
+    assert _packed(first) and "bitnet.json" in first
+    assert verify_checkpoint(_download(first, tmp_path / "first") / "packed", tmp_path / "first").ok
+    assert [bool(_packed(files)) for _, files in repository.commits].count(True) == 1  # one commit, the last
+
+    repository.files["packed/stray.safetensors"] = b"of an older version"
+    seen = len(repository.commits)
+    train(_pushing(tmp_path, base, max_steps=3))
+    second = repository.commits[-1][1]
+    assert "packed/stray.safetensors" not in second and "model.safetensors" in second
+    assert second["bitnet.json"] != first["bitnet.json"]
+    assert verify_checkpoint(_download(second, tmp_path / "second") / "packed", tmp_path / "second").ok
+    out = tmp_path / "out"
+    assert {name: (out / name).read_bytes() for name in _packed(second)} == _packed(second)
+    assert (out / "model.safetensors").read_bytes() == second["model.safetensors"]
+    for _, files in repository.commits[seen:-1]:  # what lay there, untouched until the last commit
+        assert {name: data for name, data in _packed(files).items() if "stray" not in name} == _packed(first)
+    assert not any(name.startswith("_") for name in second)
+
+
+@pytest.mark.slow
+def test_pushes_in_the_course_of_training_hold_no_earlier_artifacts(
+    repository: Hub, base: Path, tmp_path: Path
+) -> None:
+    stale = tmp_path / "out" / "packed" / "model.safetensors"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"an earlier run's")
+    (tmp_path / "out" / "bitnet.json").write_text("{}")
+    train(_pushing(tmp_path, base))
+    *before, (_, last) = repository.commits
+    assert before and not any(_packed(files) or "bitnet.json" in files for _, files in before)
+    assert last["packed/model.safetensors"] != b"an earlier run's"
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_its_proof_leaves_no_packed_model_on_the_hub(
+    repository: Hub, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.files |= {"packed/model.safetensors": b"an earlier run's", "README.md": b"words"}
+    monkeypatch.setattr(plugin_module, "fingerprint_model", lambda _: Fingerprint({}))
+    with pytest.raises(VerificationError):
+        train(_pushing(tmp_path, base, max_steps=1))
+    assert not _packed(repository.files)
+    assert "README.md" in repository.files and "model.safetensors" in repository.files
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_push_reaches_no_hub(repository: Hub, base: Path, tmp_path: Path) -> None:
+    train(config(tmp_path, base, max_steps=1))
+    assert repository.commits == [] and (tmp_path / "out" / "packed").is_dir()
+
+
+def test_a_push_that_fails_says_how_to_do_it_again(
+    repository: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    repository.broken = True
+    target = hub.Repository("someone/model", "dev", None)
+    with (
+        caplog.at_level(logging.ERROR, logger=hub.LOG.name),
+        pytest.raises(ConnectionError),
+        hub.published(tmp_path, target),
+    ):
+        pass
+    (line,) = [record.getMessage() for record in caplog.records if record.name == hub.LOG.name]
+    assert f"hf upload someone/model {tmp_path} . --revision dev --include 'packed/*'" in line
+    with pytest.raises(VerificationError), hub.published(tmp_path, target):  # not hidden by the hub's own
+        raise VerificationError("codes differ")
+    with hub.published(tmp_path, None):
+        pass

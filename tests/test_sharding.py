@@ -72,6 +72,7 @@ def with_zero(rank: int, stage: int, policy: str) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 4,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # DeepSpeed 0.19's default is 1
         "bf16": {"enabled": policy == "bf16"},
     }
     model = build(torch.float32, checkpointed=False)
@@ -82,7 +83,7 @@ def with_zero(rank: int, stage: int, policy: str) -> dict[str, Any]:
         x = batch(rank, step).to(torch.bfloat16 if policy == "bf16" else torch.float32)
         engine.backward(engine(x).float().square().sum())
         seen["gradients"].append([safe_get_full_grad(parameter).clone() for parameter in model.parameters()])
-        with torch.no_grad():  # ZeRO-2 gathers into a view, which newer torch forbids outside
+        with torch.no_grad():  # DeepSpeed 0.18's ZeRO-2 gathers into a view, which torch 2.13 forbids outside
             engine.step()
         seen["fingerprints"].append(fingerprint_model(engine))
     seen["weights"] = [safe_get_full_fp32_param(parameter).clone() for parameter in model.parameters()]

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from axolotl_bitnet import plain
+from axolotl_bitnet.bitlinear import BitLinear
 from axolotl_bitnet.fingerprint import fingerprint_model
 from axolotl_bitnet.gathered_weight import GatheredWeight
 from axolotl_bitnet.ops import dequantized_weight, ternarize, transposed_codes
@@ -131,6 +132,28 @@ def already_used() -> Any:
     return pair(run)
 
 
+def reference() -> Any:
+    """A bfloat16 reference beside a float32 policy, as DPO has them: the same outputs at first."""
+    policy = shard("native", policy=torch.bfloat16)
+    other = build(torch.float32, False)
+    with torch.no_grad():
+        for layer in other.modules():
+            if isinstance(layer, BitLinear):
+                layer.weight.data = layer.weight.bfloat16().float()
+    for block in (*other[:3], other):
+        fully_shard(block, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    GatherTernary(other).on_train_begin(None, None, None, model=policy)
+    seen: list[list[Any]] = [[], []]
+    for step in range(2):
+        x = batch(dist.get_rank(), step).bfloat16()
+        y = policy(x)
+        y.float().sum().backward()
+        with torch.no_grad():
+            seen[1].append(other(x))
+        seen[0].append(y.detach())
+    return seen
+
+
 def gathered() -> Any:
     """What the layers see, what FSDP2 keeps of it, and what travels."""
     model = shard("ternary", reshard=False, policy=torch.bfloat16)
@@ -165,8 +188,6 @@ def gathered() -> Any:
 
 
 def build_like(latents: Tensor) -> nn.Sequential:
-    from axolotl_bitnet.bitlinear import BitLinear
-
     layer = BitLinear(latents.shape[1], latents.shape[0], bias=False)
     layer.weight.data = latents
     return nn.Sequential(layer)
@@ -184,6 +205,7 @@ CASES: dict[str, tuple[int, Callable[[], Any]]] = {  # name: processes, what the
     "edited weights": (2, edited_weights),
     "already used": (2, already_used),
     "what is gathered": (2, gathered),
+    "policy and reference": (2, reference),
     "four ranks, one without a row of the last layer": (4, either),
     "two replicas of two shards": (4, replicas),
     "what four ranks gather": (4, gathered),

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from axolotl_bitnet.kernels import activations, launch, matmul, packing, rmsnorm, swiglu, weights
+from axolotl_bitnet.kernels import activations, launch, matmul, packing, rmsnorm, shards, swiglu, weights
 
 BF16, F32 = torch.bfloat16, torch.float32
 NAMES = {F32: "fp32", BF16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -55,6 +55,10 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"ternarize {dtype}", lambda w=weight: weights.ternarize(w)
         yield f"dequantized {dtype}", lambda w=weight, g=g: weights.dequantized_weight(w, g, BF16)
         yield f"transposed {dtype}", lambda w=weight, g=g: weights.transposed_codes(w, g)
+        yield f"shard {dtype}", lambda w=weight, g=g: shards.pack_shard(w[:1152], g, 1152)
+    gathered = empty(2304, 2048, dtype=torch.uint8)
+    yield "shards to codes", lambda: shards.unpack_shards(gathered, 8, 9216)
+    yield "shards to bf16", lambda: shards.dequantize_shards(gathered, empty(dtype=F32), 8, 9216, BF16)
     yield "pack", lambda: packing.pack_codes(empty(9216, 2048, dtype=torch.int8))
     yield "unpack", lambda: packing.unpack_codes(empty(2304, 2048, dtype=torch.uint8))
 
@@ -120,7 +124,7 @@ def main(arch: int, only: str) -> None:
     ) -> None:
         caught.append((kernel, args, warps, stages))
 
-    for module in (activations, matmul, packing, rmsnorm, swiglu, weights):
+    for module in (activations, matmul, packing, rmsnorm, shards, swiglu, weights):
         module.launch = catch  # type: ignore[attr-defined]
     matmul._gpu = lambda index: (MULTIPROCESSORS[arch], arch >= 90)
     tiles: list[matmul.Tiles] = []

@@ -6,6 +6,7 @@ with ``--hide`` as if this package were not installed.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -84,16 +85,26 @@ def preference(folder: Path, base: Path, **overrides: Any) -> dict[str, Any]:
     return config(folder, base, **({"rl": "dpo", "datasets": [pairs]} | overrides))
 
 
-def train(settings: dict[str, Any]) -> Run:
-    """Do what `axolotl train` does, in this process."""
+def prepare(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """Load a config and its data as `axolotl train` does, which writes the prepared data to disk."""
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets, load_preference_datasets
-    from axolotl.train import train as axolotl_train
     from axolotl.utils.dict import DictDefault
 
     cfg = load_cfg(DictDefault(settings))
-    data = load_preference_datasets(cfg=cfg) if cfg.rl else load_datasets(cfg=cfg)
-    model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=data)
+    return cfg, load_preference_datasets(cfg=cfg) if cfg.rl else load_datasets(cfg=cfg)
+
+
+def train(settings: dict[str, Any]) -> Run:
+    """Do what `axolotl train` does, in this process."""
+    from axolotl.train import train as axolotl_train
+
+    cfg, data = prepare(settings)
+    gc.freeze()  # Axolotl collects garbage all the time, which takes longer than a step
+    try:
+        model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=data)
+    finally:
+        gc.unfreeze()
     return Run(trainer, model, cfg)
 
 

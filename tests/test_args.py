@@ -12,6 +12,7 @@ from packaging.version import Version
 from pydantic import ValidationError
 
 from axolotl_bitnet.integration.args import BitNetArgs, BitNetConfig, refusals
+from axolotl_bitnet.integration.layouts import fsdp_refusals
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"adapter": "lora"}, "adapter: lora"),
@@ -23,13 +24,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"fp8": True}, "fp8"),
     ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
     ({"flash_attn_fuse_mlp": True}, "flash_attn_fuse_mlp"),
-    ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3"),
-    ({"rl": "kto"}, "rl: kto"),
-    ({"rl": "grpo"}, "rl: grpo"),
+    ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "stage3_gather_16bit_weights_on_model_save"),
+    ({"deepspeed": {"zero_optimization": {"zero_quantized_weights": True}}}, "zero_quantized_weights"),
+    ({"rl": "ebft"}, "rl: ebft"),
     ({"bitnet": {"learning_rate_scope": "ternary"}, "optimizer": "muon"}, "optimizer: muon"),
     ({"bitnet": {"learning_rate_scope": "ternary"}, "optimizer": "q_galore_adamw8bit"}, "galore"),
     ({"bitnet": {"learning_rate_scope": "ternary"}, "loraplus_lr_ratio": 2.0}, "loraplus_lr_ratio"),
     ({"bitnet": {"learning_rate_scope": "ternary"}, "lr_scheduler": "one_cycle"}, "one_cycle"),
+    (
+        {"bitnet": {"learning_rate_scope": "ternary"}, "deepspeed": {"optimizer": {"type": "Adam"}}},
+        "no groups",
+    ),
+    ({"bitnet": {"latent_dtype": "bfloat16"}, "deepspeed": {"zero_optimization": {"stage": 2}}}, "masters"),
 ]
 ALLOWED: list[dict[str, Any]] = [
     {},
@@ -40,6 +46,8 @@ ALLOWED: list[dict[str, Any]] = [
     {"rl": "orpo"},
     {"rl": "simpo"},
     {"deepspeed": {"zero_optimization": {"stage": 2}}},
+    {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}},
+    {"bitnet": {"learning_rate_scope": "ternary"}, "deepspeed": {"zero_optimization": {"stage": 2}}},
     {"bitnet": {"learning_rate_scope": "ternary"}, "optimizer": "adamw_torch", "lr_scheduler": "cosine"},
     {"optimizer": "muon", "lr_scheduler": "one_cycle"},
 ]
@@ -49,7 +57,7 @@ ALLOWED: list[dict[str, Any]] = [
 def test_refused_with_a_reason_only_in_a_ternary_run(keys: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words) as caught:
         BitNetArgs(**({"use_onebitllms": True} | keys))
-    assert "use_onebitllms" in str(caught.value) or "learning_rate_scope" in str(caught.value)
+    assert "use_onebitllms" in str(caught.value) or "`bitnet." in str(caught.value)
     without_block = {key: value for key, value in keys.items() if key != "bitnet"}
     BitNetArgs(**without_block)
 
@@ -100,15 +108,34 @@ def test_defaults() -> None:
         "skip_modules": [],
         "fuse": True,
         "int8_grad": False,
+        "gather": None,
         "export": ["packed"],
         "verify": True,
     }
+
+
+@pytest.mark.parametrize("block", [{"latent_dtype": "bfloat16"}, {"learning_rate_scope": "ternary"}])
+@pytest.mark.parametrize("key", ["fsdp", "fsdp_config"])
+def test_fsdp1_cannot_honour(block: dict[str, Any], key: str) -> None:
+    config = {key: {"reshard_after_forward": True}, "bitnet": block}
+    for version_key in ({}, {"fsdp_version": 1}, {"fsdp_version": "1"}):
+        (reason,) = fsdp_refusals(config | version_key)
+        assert next(iter(block)) in reason
+        (reason,) = fsdp_refusals(config | version_key | {"bitnet": BitNetConfig(**block)})
+        assert next(iter(block)) in reason
+    assert fsdp_refusals(config | {"fsdp_version": 2}) == []
+    assert fsdp_refusals({key: config[key]}) == []
+    assert fsdp_refusals({"bitnet": block}) == []
 
 
 def test_deepspeed_stage_is_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "zero3.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     assert "ZeRO-3" in refusals({"deepspeed": str(path)})[0]
+    path.write_text(
+        json.dumps({"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}})
+    )
+    assert refusals({"deepspeed": str(path)}) == []
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     assert refusals({"deepspeed": str(path)}) == []
     path.write_text("{")
@@ -116,6 +143,8 @@ def test_deepspeed_stage_is_read_from_a_file(tmp_path: Path) -> None:
 
 
 # Inside Axolotl
+
+FSDP1: dict[str, Any] = {"fsdp_version": 1, "fsdp_config": {"reshard_after_forward": True}}
 
 
 def _validate(keys: dict[str, Any]) -> Any:
@@ -152,8 +181,9 @@ def test_axolotl_takes_the_block() -> None:
         ({"bitnet": {"unknown": 1}}, "unknown"),
         ({"use_onebitllms": None, "bitnet": {}}, "would train a dense model"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
-        ({"fsdp_version": 1, "fsdp_config": {"reshard_after_forward": True}}, "fsdp_version: 2|FSDP1"),
-        ({"rl": "kto", "datasets": [{"path": "d.jsonl", "type": "chatml.argilla"}]}, "rl: kto"),
+        (FSDP1 | {"bitnet": {"latent_dtype": "bfloat16"}}, "latent_dtype: bfloat16.*FSDP1|has been removed"),
+        (FSDP1 | {"bitnet": {"learning_rate_scope": "ternary"}}, "scope: ternary.*FSDP1|has been removed"),
+        ({"rl": "ebft", "datasets": [{"path": "d.jsonl", "type": "chatml.argilla"}]}, "rl: ebft"),
     ],
 )
 def test_axolotl_refuses_before_loading(keys: dict[str, Any], words: str) -> None:
@@ -171,6 +201,13 @@ def test_falcon_e_shards_and_dense_falcons_are_left_to_axolotl(ternary: bool | N
             _validate(keys)
 
 
-def test_fsdp2_is_taken() -> None:
-    cfg = _validate({"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}})
+@pytest.mark.parametrize("block", [{}, {"latent_dtype": "bfloat16"}, {"learning_rate_scope": "ternary"}])
+def test_fsdp2_is_taken(block: dict[str, Any]) -> None:
+    cfg = _validate(FSDP1 | {"fsdp_version": 2, "bitnet": block})
     assert str(cfg.fsdp_version) == "2"
+
+
+@pytest.mark.skipif(Version(version("axolotl")) >= Version("0.20"), reason="Axolotl has no FSDP1 any more")
+def test_fsdp1_is_taken() -> None:
+    cfg = _validate(FSDP1 | {"bitnet": {"learning_rate_multiplier": 10}})
+    assert str(cfg.fsdp_version) != "2" and cfg.fsdp_config

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import silu
 
-from axolotl_bitnet import ops, plain, ternary
+from axolotl_bitnet import ops, plain, shard_ops, ternary
 from axolotl_bitnet.bitlinear import bitlinear
 
 EPS = 1e-6
@@ -28,6 +28,8 @@ OPERATIONS = [
     "rmsnorm_backward",
     "pack_codes",
     "unpack_codes",
+    "unpack_shards",
+    "dequantize_shards",
 ]
 GRADIENTS = {"swiglu_backward", "rmsnorm_backward"}
 
@@ -74,6 +76,8 @@ def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bi
     four = ternary.ternarize(torch.randn(8, columns))[0]  # as many rows as bytes want
     four = four if x.is_contiguous() else four.t().contiguous().t()
     norm = torch.randn(columns).to(x.dtype)
+    packed = plain.pack_codes(four)[:2].expand(2, -1)  # one shard of four rows, one of three
+    packed = packed if x.is_contiguous() else packed.t().contiguous().t()
     rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
     return {
         "ternarize": [latents],
@@ -88,11 +92,17 @@ def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bi
         "rmsnorm_backward": [dy, x, norm, rstd],
         "pack_codes": [four],
         "unpack_codes": [plain.pack_codes(four)],
+        "unpack_shards": [packed, 2, 7],
+        "dequantize_shards": [packed, g, 2, 7, dtype],
     }[operation]
 
 
 def registered(operation: str) -> Callable[..., Any]:
     return getattr(torch.ops.axolotl_bitnet, operation)
+
+
+def public(operation: str) -> Callable[..., Any]:
+    return getattr(ops, operation, None) or getattr(shard_ops, operation)
 
 
 def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -178,6 +188,12 @@ def definition(operation: str, given: list[Any]) -> tuple[Tensor, ...]:
             return (sum((part << 2 * i for i, part in enumerate(rest, 1)), first).to(torch.uint8),)
         case "unpack_codes", [packed]:
             return (torch.cat([(packed.long() >> shift) % 4 - 1 for shift in (0, 2, 4, 6)]).to(torch.int8),)
+        case "unpack_shards", [packed, 2, 7]:
+            rows = [(packed[byte].long() >> 2 * row) % 4 - 1 for byte in range(2) for row in range(4)]
+            return (torch.stack(rows[:7]).to(torch.int8),)
+        case "dequantize_shards", [packed, g, 2, 7, dtype]:
+            (codes,) = definition("unpack_shards", [packed, 2, 7])
+            return (ternary.dequantize(codes, ternary.scale_of(g), dtype),)
     raise AssertionError(f"{operation} has no definition here")
 
 
@@ -188,7 +204,7 @@ def test_operations_are_the_definition(operation: str, name: str, x: Tensor, dty
     for bias in (False, True):
         given = arguments(operation, x, dtype, bias)
         expected = definition(operation, given)
-        for made in (registered(operation)(*given), getattr(ops, operation)(*given)):
+        for made in (registered(operation)(*given), public(operation)(*given)):
             for one, other in zip(as_tuple(made), expected, strict=True):
                 assert one.dtype == other.dtype and torch.equal(one, other)
 
@@ -260,7 +276,7 @@ def test_eager_calls_do_not_go_through_the_dispatcher() -> None:
     """The operations cost a dispatch each; only torch.compile needs them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for operation in OPERATIONS:
-            getattr(ops, operation)(*arguments(operation, torch.randn(4, 8)))
+            public(operation)(*arguments(operation, torch.randn(4, 8)))
     names = {event.key for event in profile.key_averages()}
     assert "aten::linear" in names and not any(name.startswith("axolotl_bitnet::") for name in names)
 

@@ -148,42 +148,6 @@ def test_dense_runs_are_untouched_by_the_installed_plugin(base: Path, tmp_path: 
     assert installed["weights"] == without["weights"]
 
 
-def test_dpo_starts_at_zero_and_moves_with_a_ternary_reference(base: Path, tmp_path: Path) -> None:
-    run = train(preference(tmp_path, base, max_steps=4, bitnet={"learning_rate_multiplier": 2}))
-    assert any(isinstance(module, BitLinear) for module in run.trainer.ref_model.modules())
-    assert run.trainer.args.learning_rate == pytest.approx(2e-3)  # two models were loaded, one multiplication
-    margins = run.logged("rewards/margins")
-    assert margins[0] == 0 and run.logged("rewards/chosen")[0] == 0
-    assert margins[-1] != 0
-    assert _record(tmp_path / "out")["artifacts"]["packed"]["verified"] is True
-
-
-@pytest.mark.parametrize("method", ["ipo", "simpo", "orpo"])
-def test_the_other_preference_methods_train_and_verify(method: str, base: Path, tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"rl": method, "max_steps": 3, "learning_rate": 3e-3}
-    if method == "orpo":
-        rows = [json.loads(line) for line in (TINY / "dpo.jsonl").read_text().splitlines()[:64]]
-        data = tmp_path / "orpo.jsonl"
-        turns = [
-            {
-                "prompt": row["messages"][0]["content"],
-                "chosen": [*row["messages"], row["chosen"]],
-                "rejected": [*row["messages"], row["rejected"]],
-            }
-            for row in rows
-        ]
-        data.write_text("".join(json.dumps(row) + "\n" for row in turns))
-        entry = {"path": str(data), "ds_type": "json", "split": "train", "type": "chat_template.argilla"}
-        keys |= {"datasets": [entry], "orpo_alpha": 0.1, "remove_unused_columns": False}
-    if method == "simpo":
-        keys |= {"rl_beta": 0.1, "cpo_alpha": 1.0, "simpo_gamma": 0.5}
-    run = train(preference(tmp_path, base, **keys))
-    assert len(run.losses) == 3 and len(set(run.losses)) == 3
-    if method == "ipo":
-        assert run.logged("rewards/margins")[0] == 0
-    assert _record(tmp_path / "out")["artifacts"]["packed"]["verified"] is True
-
-
 @pytest.mark.parametrize("make", [config, preference])
 def test_scope_ternary_multiplies_the_rate_of_bitlinear_weights_only(
     make: Callable[..., dict[str, Any]], base: Path, tmp_path: Path

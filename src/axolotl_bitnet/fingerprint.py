@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bitlinear import BitLinear
-from .ternary import DEFINITION, ternarize
+from .ops import ternarize
+from .sharding import whole_weights
+from .ternary import DEFINITION
 
 _BLOCK = 1 << 22  # elements hashed at a time, to bound the int64 temporaries
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"}
@@ -83,13 +84,14 @@ class Fingerprint:
 def fingerprint_model(model: nn.Module) -> Fingerprint:
     """Fingerprint of a live model's BitLinear layers.
 
-    Under FSDP2 every rank must call it: a sharded weight is gathered, one matrix at a time.
+    Under FSDP and ZeRO-3 every rank must call it: sharded weights are gathered, a unit or a matrix at a time.
+    Under FSDP1 pass the wrapped model.
     """
-    tensors = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BitLinear):
-            with torch.no_grad():
-                tensors[clean_name(name)] = fingerprint_codes(*ternarize(_whole(module.weight)))
+    with torch.no_grad():
+        tensors = {
+            clean_name(name): fingerprint_codes(*ternarize(weight)[:2])
+            for name, weight in whole_weights(model)
+        }
     return Fingerprint(tensors)
 
 
@@ -146,10 +148,3 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
-
-
-def _whole(weight: Any) -> Tensor:
-    mesh = getattr(weight, "device_mesh", None)
-    if mesh is None:
-        return weight
-    return weight.to(mesh.device_type).full_tensor()  # a DTensor, whose shards may be offloaded to the CPU

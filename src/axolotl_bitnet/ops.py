@@ -29,68 +29,68 @@ MAX_COLUMNS = 32768
 
 def ternarize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """int8 codes of the weight's shape, ``s`` bfloat16 (1,), and the absmean ``g`` float32 ()."""
-    return _run(_ternarize, _ternarize_here, weight)
+    return run(_ternarize, _ternarize_here, weight)
 
 
 def dequantized_weight(weight: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     """``codes / s`` as ``dtype``: what dY is multiplied with. ``g`` is :func:`ternarize`'s."""
-    return _run(_dequantized_weight, _dequantized_weight_here, weight, g, dtype)
+    return run(_dequantized_weight, _dequantized_weight_here, weight, g, dtype)
 
 
 def transposed_codes(weight: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes of the transposed weight (columns, rows), and ``s``. ``g`` is :func:`ternarize`'s."""
-    return _run(_transposed_codes, _transposed_codes_here, weight, g)
+    return run(_transposed_codes, _transposed_codes_here, weight, g)
 
 
 def quantize_activations(
     x: Tensor, dtype: torch.dtype, floor: float = ternary.EPSILON
 ) -> tuple[Tensor, Tensor]:
     """int8 codes and scales ``r`` (..., 1) of ``x.to(dtype)``; max|x| counts as ``floor`` at least."""
-    return _run(_quantize_activations, _quantize_activations_here, x, dtype, floor)
+    return run(_quantize_activations, _quantize_activations_here, x, dtype, floor)
 
 
 def dequantize_activations(codes: Tensor, r: Tensor, dtype: torch.dtype) -> Tensor:
     """``codes / r`` as ``dtype``: what dY^T is multiplied with."""
-    return _run(_dequantize_activations, _dequantize_activations_here, codes, r, dtype)
+    return run(_dequantize_activations, _dequantize_activations_here, codes, r, dtype)
 
 
 def matmul(
     codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """``(codes_x . codes_w^T) / (r * s)`` as ``dtype``, plus the bias: (..., out_features)."""
-    return _run(_matmul, _matmul_here, codes_x, r, codes_w, s, bias, dtype)
+    return run(_matmul, _matmul_here, codes_x, r, codes_w, s, bias, dtype)
 
 
 def swiglu_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes and scales ``r`` of ``silu(gate) * up``."""
-    return _run(_swiglu_quantize, _swiglu_quantize_here, gate, up)
+    return run(_swiglu_quantize, _swiglu_quantize_here, gate, up)
 
 
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gate and up, and ``silu(gate) * up`` as it was quantized (codes / r)."""
-    return _run(_swiglu_backward, _swiglu_backward_here, dh, gate, up, r)
+    return run(_swiglu_backward, _swiglu_backward_here, dh, gate, up, r)
 
 
 def rmsnorm_quantize(
     x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, its int8 codes and scales ``r`` (of ``y.to(dtype)``), and 1 / rms, float32 (..., 1)."""
-    return _run(_rmsnorm_quantize, _rmsnorm_quantize_here, x, weight, eps, dtype)
+    return run(_rmsnorm_quantize, _rmsnorm_quantize_here, x, weight, eps, dtype)
 
 
 def rmsnorm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the norm's weight."""
-    return _run(_rmsnorm_backward, _rmsnorm_backward_here, dy, x, weight, rstd)
+    return run(_rmsnorm_backward, _rmsnorm_backward_here, dy, x, weight, rstd)
 
 
 def pack_codes(codes: Tensor) -> Tensor:
     """int8 codes (rows, columns), rows a multiple of 4, to uint8 (rows / 4, columns): 2 bits a code."""
-    return _run(_pack_codes, _pack_codes_here, codes)
+    return run(_pack_codes, _pack_codes_here, codes)
 
 
 def unpack_codes(packed: Tensor) -> Tensor:
     """uint8 (rows / 4, columns) to int8 codes (rows, columns)."""
-    return _run(_unpack_codes, _unpack_codes_here, packed)
+    return run(_unpack_codes, _unpack_codes_here, packed)
 
 
 def has_kernels(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
@@ -107,7 +107,8 @@ def _gpu_has_kernels(index: int) -> bool:
     )
 
 
-def _run(operation: Callable[..., Any], here: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
+def run(operation: Callable[..., Any], here: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
+    """Call ``here``, or the opaque ``operation`` that :func:`register` made of it."""
     opaque = torch.compiler.is_compiling() or not (type(x) is Tensor or type(x) is Parameter)
     return operation(x, *rest) if opaque else here(x, *rest)
 
@@ -215,7 +216,7 @@ def _unpack_codes_here(packed: Tensor) -> Tensor:
 _library = torch.library.Library("axolotl_bitnet", "DEF")
 
 
-def _register(here: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def register(here: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """The lower level of ``torch.library.custom_op``: a call costs a quarter of what it does there."""
     name = here.__name__.removeprefix("_").removesuffix("_here")
     _library.define(name + torch.library.infer_schema(here, mutates_args=()))
@@ -228,7 +229,7 @@ def _codes_and_r(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-_ternarize = _register(
+_ternarize = register(
     _ternarize_here,
     lambda weight: (
         weight.new_empty(weight.shape, dtype=torch.int8),
@@ -236,31 +237,31 @@ _ternarize = _register(
         weight.new_empty((), dtype=torch.float32),
     ),
 )
-_dequantized_weight = _register(
+_dequantized_weight = register(
     _dequantized_weight_here, lambda weight, g, dtype: weight.new_empty(weight.shape, dtype=dtype)
 )
-_transposed_codes = _register(
+_transposed_codes = register(
     _transposed_codes_here,
     lambda weight, g: (
         weight.new_empty(weight.shape[::-1], dtype=torch.int8),
         weight.new_empty(1, dtype=torch.bfloat16),
     ),
 )
-_quantize_activations = _register(_quantize_activations_here, lambda x, dtype, floor: _codes_and_r(x))
-_dequantize_activations = _register(
+_quantize_activations = register(_quantize_activations_here, lambda x, dtype, floor: _codes_and_r(x))
+_dequantize_activations = register(
     _dequantize_activations_here, lambda codes, r, dtype: codes.new_empty(codes.shape, dtype=dtype)
 )
-_matmul = _register(
+_matmul = register(
     _matmul_here,
     lambda codes_x, r, codes_w, s, bias, dtype: codes_x.new_empty(
         (*codes_x.shape[:-1], codes_w.shape[0]), dtype=dtype
     ),
 )
-_swiglu_quantize = _register(_swiglu_quantize_here, lambda gate, up: _codes_and_r(gate))
-_swiglu_backward = _register(
+_swiglu_quantize = register(_swiglu_quantize_here, lambda gate, up: _codes_and_r(gate))
+_swiglu_backward = register(
     _swiglu_backward_here, lambda dh, gate, up, r: tuple(gate.new_empty(gate.shape) for _ in range(3))
 )
-_rmsnorm_quantize = _register(
+_rmsnorm_quantize = register(
     _rmsnorm_quantize_here,
     lambda x, weight, eps, dtype: (
         x.new_empty(x.shape),
@@ -268,15 +269,15 @@ _rmsnorm_quantize = _register(
         x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
     ),
 )
-_rmsnorm_backward = _register(
+_rmsnorm_backward = register(
     _rmsnorm_backward_here,
     lambda dy, x, weight, rstd: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
 )
-_pack_codes = _register(
+_pack_codes = register(
     _pack_codes_here,
     lambda codes: codes.new_empty((codes.shape[0] // plain.ROWS_PER_BYTE, codes.shape[1]), dtype=torch.uint8),
 )
-_unpack_codes = _register(
+_unpack_codes = register(
     _unpack_codes_here,
     lambda packed: packed.new_empty(
         (packed.shape[0] * plain.ROWS_PER_BYTE, packed.shape[1]), dtype=torch.int8

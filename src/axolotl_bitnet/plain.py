@@ -106,3 +106,38 @@ def pack_codes(codes: Tensor) -> Tensor:
 def unpack_codes(packed: Tensor) -> Tensor:
     """uint8 (rows / 4, columns) to int8 codes (rows, columns). Bits 11 give 2, which no packer writes."""
     return torch.cat([(packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)])
+
+
+def abs_sum_parts(weight: Tensor) -> Tensor:
+    """Float64 (parts,) that add up to ``sum|bf16(W)|``."""
+    return ternary.abs_sum(weight).reshape(1)
+
+
+def pack_shard(weight: Tensor, g: Tensor, rows: int) -> Tensor:
+    """Codes of a shard (its rows, columns), padded with zeros to ``rows`` rows, as uint8 (ceil(rows / 4),
+    columns).
+
+    Byte ``[r, c]`` holds the codes, plus one, of rows ``4 r`` to ``4 r + 3`` at bits 0, 2, 4 and 6: unlike
+    those of :func:`pack_codes`, bytes of several shards can be laid one below the other.
+    """
+    codes = torch.zeros(-(-rows // ROWS_PER_BYTE) * ROWS_PER_BYTE, weight.shape[1], dtype=torch.int8).to(
+        weight.device
+    )
+    codes[: weight.shape[0]] = ternary.codes_of(weight, g)
+    first, second, third, fourth = (codes + 1).to(torch.uint8).unflatten(0, (-1, ROWS_PER_BYTE)).unbind(1)
+    return first | second << 2 | third << 4 | fourth << 6
+
+
+def unpack_shards(packed: Tensor, shards: int, rows: int) -> Tensor:
+    """int8 codes (rows, columns) from the bytes of all shards, uint8 (shards * bytes, columns).
+
+    A shard has ``ceil(rows / shards)`` rows, the last ones what is left (maybe nothing).
+    """
+    codes = torch.stack([(packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)], dim=1)
+    by_shard = codes.reshape(shards, -1, packed.shape[1])[:, : -(-rows // shards)]
+    return by_shard.reshape(-1, packed.shape[1])[:rows].contiguous()
+
+
+def dequantize_shards(packed: Tensor, g: Tensor, shards: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """``codes / s`` as ``dtype``, (rows, columns)."""
+    return ternary.dequantize(unpack_shards(packed, shards, rows), ternary.scale_of(g), dtype)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .sharding import gathered
 from .ternary import dequantize, latents_of, scale_of, ternarize
 
 NEVER_TERNARY = 0.4
@@ -71,7 +72,7 @@ class Preflight:
 @torch.no_grad()
 def preflight(model: nn.Module, names: Iterable[str]) -> Preflight:
     """Inspect, and where needed rescale in place, the weights of the named layers. Weights on meta are passed
-    over.
+    over; those that ZeRO-3 partitioned are gathered one at a time, so every rank must call this.
 
     Args:
         model: the model, loaded, before any sharding.
@@ -81,9 +82,10 @@ def preflight(model: nn.Module, names: Iterable[str]) -> Preflight:
     changes = []
     for name in names:
         weight = model.get_submodule(name).get_parameter("weight")
-        if weight.is_meta or weight.numel() == 0:
-            continue
-        change = _inspect(name, weight.data, result)
+        with gathered(weight, write=True):
+            if weight.is_meta or weight.numel() == 0:
+                continue
+            change = _inspect(name, weight.data, result)
         if change is not None:
             changes.append(change)
     if changes:

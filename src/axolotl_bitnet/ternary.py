@@ -43,24 +43,28 @@ def abs_sum(weight: Tensor) -> Tensor:
     return weight.to(torch.bfloat16).abs().sum(dtype=torch.float64)
 
 
-def absmean(total: Tensor, numel: int) -> Tensor:
-    """``g`` as a float32 scalar; NaN when the matrix holds a NaN or an Inf.
+def absmean(total: Tensor, numel: int | Tensor) -> Tensor:
+    """``g`` as float32; NaN when the matrix holds a NaN or an Inf.
+
+    Of several matrices at once, if ``total`` and ``numel`` are tensors of one shape.
 
     Args:
-        total: float64 scalar, the :func:`abs_sum` of the whole matrix.
-        numel: number of elements of the whole matrix.
+        total: float64, the :func:`abs_sum` of the whole matrix.
+        numel: number of elements of the whole matrix; as a tensor, float64.
     """
-    mean = (total / torch.full_like(total, numel)).to(torch.float32)
+    count = numel if isinstance(numel, Tensor) else torch.full_like(total, numel)
+    mean = (total / count).to(torch.float32)
     mean = torch.where(torch.isfinite(mean), mean, torch.nan)
     return mean.clamp(min=EPSILON)
 
 
 def scale_of(g: Tensor) -> Tensor:
-    """``s = bf16(1 / bf16(g))``, shape (1,), bfloat16: the ``weight_scale`` that is stored and trained.
+    """``s = bf16(1 / bf16(g))``, shape (1,) (or that of a row of several g), bfloat16: the ``weight_scale``
+    that is stored and trained.
 
     The inner rounding is what makes ``s`` recoverable from a bf16 dense model and from an fp16 scale.
     """
-    return g.to(torch.bfloat16).to(torch.float32).reciprocal().to(torch.bfloat16).reshape(1)
+    return g.to(torch.bfloat16).to(torch.float32).reciprocal().to(torch.bfloat16).reshape(-1)
 
 
 def codes_of(weight: Tensor, g: Tensor) -> Tensor:

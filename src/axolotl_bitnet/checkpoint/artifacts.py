@@ -6,25 +6,28 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from ..fingerprint import Fingerprint
 from .latent import LatentCheckpoint
 from .packed import fingerprint_packed, pack_checkpoint
-from .stream import write_json
+from .stream import INDEX, write_json
 from .verify import RUN_FILE, VerificationError, VerificationReport, compare
 
 PACKED = "packed"
 _ASIDE = "_previous"  # uploads to a hub leave out names that begin with an underscore
+_LEFTOVER = re.compile(rf"{_ASIDE}(-\d+)?|\.{PACKED}\.(partial|old)-.*")  # or of a packing that was killed
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 
 def set_aside(output_dir: str | Path, weights: bool = True) -> list[str]:
     """Move a previous run's weights (if asked to) and artifacts out of the way, so that they can never be
-    taken for this run's.
+    taken for this run's, nor mixed with them.
 
-    They go to ``output_dir/_previous`` and are deleted by :func:`finish_run` when this run's are in place.
+    They go to ``output_dir/_previous`` (``_previous-2``, ... if there is one) and are deleted by
+    :func:`finish_run` when this run's are in place.
     """
     folder = Path(output_dir)
     if not folder.is_dir():
@@ -35,16 +38,18 @@ def set_aside(output_dir: str | Path, weights: bool = True) -> list[str]:
         if (weights and _WEIGHTS.fullmatch(path.name)) or path.name in (PACKED, RUN_FILE)
     ]
     if stale:
-        aside = folder / _ASIDE
-        if any(
-            _WEIGHTS.fullmatch(path.name) for path in stale
-        ):  # else it may hold the last weights there are
-            shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(exist_ok=True)
-        for path in stale:
-            shutil.rmtree(aside / path.name, ignore_errors=True)
+        taken = {path.name for path in folder.iterdir()}
+        names = (f"{_ASIDE}-{n}" if n > 1 else _ASIDE for n in count(1))
+        aside = folder / next(name for name in names if name not in taken)
+        aside.mkdir()
+        for path in sorted(stale, key=_keystone, reverse=True):
             path.rename(aside / path.name)
     return sorted(path.name for path in stale)
+
+
+def _keystone(path: Path) -> int:
+    """An index goes before its shards, which are nothing without it; the fingerprint goes last."""
+    return {INDEX: 2, RUN_FILE: 0}.get(path.name, 1)
 
 
 def finish_run(
@@ -94,7 +99,9 @@ def finish_run(
             check(latents.fingerprint(), "latents")
     finally:
         write_json(folder / RUN_FILE, record)
-    shutil.rmtree(folder / _ASIDE, ignore_errors=True)
+    for path in folder.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
     return report
 
 

@@ -8,14 +8,14 @@ would train dense.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .commands import command_refusals
+from .layouts import fsdp_refusals, layout_refusals
+from .preference import preference_refusals
 
 
 class BitNetConfig(BaseModel):
@@ -55,6 +55,12 @@ class BitNetConfig(BaseModel):
         default=False,
         json_schema_extra={
             "description": "Compute the gradients of the layers' inputs on int8 tensor cores, from 8-bit dY."
+        },
+    )
+    gather: Literal["ternary", "native"] | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "What FSDP2 gathers: 2-bit codes (default where it can), or weights as they are."
         },
     )
     export: list[Literal["packed"]] = Field(
@@ -100,15 +106,11 @@ class BitNetArgs(BaseModel):
         return data
 
     @model_validator(mode="after")
-    def refuse_fsdp1(self) -> BitNetArgs:
+    def refuse_under_fsdp(self) -> BitNetArgs:
         """After Axolotl's own validators, which know what a missing version means (1 in 0.19, 2 in 0.21)."""
         values = vars(self)  # reading the deprecated `fsdp` as an attribute would warn
-        sharded = values.get("fsdp_config") or values.get("fsdp")
-        if self.use_onebitllms and sharded and str(values.get("fsdp_version")) != "2":
-            raise ValueError(
-                "FSDP1 with `use_onebitllms`: it flattens the weights, which cannot be fingerprinted yet. "
-                "Set `fsdp_version: 2`"
-            )
+        if self.use_onebitllms and (problems := fsdp_refusals(values)):
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -149,38 +151,18 @@ def refusals(cfg: Mapping[str, Any]) -> list[str]:
             "`fp8: true` with `use_onebitllms`: fp8 would replace the layers that must become ternary. "
             "Remove `fp8`"
         )
-    if _above_one(cfg.get("tensor_parallel_size")):
-        found.append(
-            "`tensor_parallel_size` above 1 with `use_onebitllms`: the scales of rows and matrices would "
-            "span the shards. Use FSDP2 (`dp_shard_size`) instead"
-        )
     if cfg.get("flash_attn_fuse_mlp"):
         found.append(
             "`flash_attn_fuse_mlp: true` with `use_onebitllms`: the fused MLP reads weights past their "
             "layers and would compute them dense. Remove it"
         )
-    if _deepspeed_stage(cfg.get("deepspeed")) == 3:
-        found.append(
-            "DeepSpeed ZeRO-3 with `use_onebitllms`: its partitioned weights cannot be fingerprinted yet. "
-            "Use `fsdp_version: 2` with `fsdp_config`, or ZeRO-1/2"
-        )
-    found += _preference_refusals(cfg)
+    found += layout_refusals(cfg)
+    found += preference_refusals(cfg)
     found += command_refusals(cfg)
     bitnet = cfg.get("bitnet")
     if isinstance(bitnet, Mapping) and bitnet.get("learning_rate_scope") == "ternary":
         found += _scope_refusals(cfg)
     return found
-
-
-def _preference_refusals(cfg: Mapping[str, Any]) -> list[str]:
-    method = cfg.get("rl")
-    method = getattr(method, "value", method)
-    if method in (None, "dpo", "ipo", "orpo", "simpo"):
-        return []
-    return [
-        f"`rl: {method}` with `use_onebitllms`: its reference model or its rollouts would be the dense "
-        "latents, another model than the one being trained. Use dpo, ipo, orpo or simpo"
-    ]
 
 
 def _scope_refusals(cfg: Mapping[str, Any]) -> list[str]:
@@ -201,23 +183,3 @@ def _scope_refusals(cfg: Mapping[str, Any]) -> list[str]:
             f"{scope} with `lr_scheduler: one_cycle`, which gives all groups one rate. Use another scheduler"
         )
     return found
-
-
-def _deepspeed_stage(deepspeed: Any) -> int | None:
-    """ZeRO stage of a DeepSpeed config given as a dict or a path; None where there is none to read."""
-    if isinstance(deepspeed, str):
-        path = Path(deepspeed)
-        if not path.is_file():
-            return None
-        try:
-            deepspeed = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            return None  # Axolotl reports it better
-    if not isinstance(deepspeed, Mapping):
-        return None
-    stage = (deepspeed.get("zero_optimization") or {}).get("stage")
-    return int(stage) if stage is not None else None
-
-
-def _above_one(value: Any) -> bool:
-    return isinstance(value, int) and value > 1

@@ -16,18 +16,29 @@ from typing import Any
 import torch
 from axolotl.integrations.base import BasePlugin
 
-from ..bitlinear import BitLinear
 from ..checkpoint.artifacts import PACKED, finish_run, set_aside, weight_bytes
 from ..checkpoint.stream import CheckpointError, CheckpointReader
 from ..convert import CONFIG_KEY, convert_to_bitlinear
 from ..fingerprint import Fingerprint, fingerprint_model
 from ..preflight import preflight
+from ..ternary import DEFINITION
 from ..training.keep_codes import KeepCodes
 from ..training.latents import match_reference, restore_low_bits, ternary_name_patterns, upcast_trainable
 from .args import BitNetConfig
 from .base_model import check_base, local_folder
 from .commands import refuse_dense_reference
 from .hub import Repository, published, repository_of
+from .references import key_precomputed_references, refuse_dense_judges, settle_reference
+from .resume import (
+    TernaryRun,
+    guard,
+    refuse_other_layers,
+    refuse_other_run,
+    refuse_ternary_checkpoint,
+    settings_of,
+    settle,
+)
+from .rollouts import push_dense_ternary
 
 # A child of Axolotl's logger has its handler and level. Axolotl's own wrapper asks for the process group,
 # which is gone when the artifacts are made.
@@ -40,6 +51,8 @@ class BitNetPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self._trained: Fingerprint | None = None
+        self._reference: torch.nn.Module | None = None  # between its loading and post_trainer_create
+        self._resumed: Path | None = None
         self._repository: Repository | None = None
 
     def get_input_args(self) -> str:
@@ -47,9 +60,15 @@ class BitNetPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: Any) -> None:
         if not cfg.use_onebitllms:
+            refuse_ternary_checkpoint(cfg)
             return
         options = _options(cfg)
         check_base(cfg, options.skip_modules)
+        self._resumed, warning = settle(cfg)
+        if warning:
+            _warn(warning)
+        if self._resumed is not None:
+            refuse_other_run(self._resumed, options)
         if _sharded(cfg):
             # Merging a sharded final save takes the last checkpoint's weights, if there is one, in bfloat16.
             cfg.fsdp_config.final_state_dict_type = cfg.fsdp_config.final_state_dict_type or "FULL_STATE_DICT"
@@ -64,6 +83,8 @@ class BitNetPlugin(BasePlugin):
         was_dense = not cfg.reinit_weights and not hasattr(model.config, CONFIG_KEY)
         options = _options(cfg)
         names = convert_to_bitlinear(model, options.skip_modules, options.fuse, options.int8_grad)
+        if self._resumed is not None:
+            refuse_other_layers(self._resumed, names, DEFINITION)
         found = preflight(model, names) if _holds_weights(cfg) else None
         if found is None or cfg.bitnet_rate_applied:  # a reference model: the same base, already spoken of
             return
@@ -77,9 +98,12 @@ class BitNetPlugin(BasePlugin):
             _warn(warning)
 
     def post_model_load(self, cfg: Any, model: torch.nn.Module) -> None:
-        if not cfg.use_onebitllms or cfg.bitnet_rate_applied or cfg.learning_rate is None:
+        if not cfg.use_onebitllms or cfg.learning_rate is None:
             return
-        cfg.bitnet_rate_applied = True  # preference methods load a second model
+        self._reference = model if cfg.bitnet_rate_applied else None
+        if cfg.bitnet_rate_applied:  # preference methods load a second model
+            return
+        cfg.bitnet_rate_applied = True
         options = _options(cfg)
         base, multiplier = float(cfg.learning_rate), options.learning_rate_multiplier
         effective = base * multiplier
@@ -94,13 +118,26 @@ class BitNetPlugin(BasePlugin):
             "learning rate: base %g x multiplier %g = effective %g (%s)", base, multiplier, effective, reach
         )
 
+    def add_callbacks_pre_trainer(self, cfg: Any, model: torch.nn.Module) -> list[Any]:
+        if not cfg.use_onebitllms:
+            return []
+        if cfg.precompute_ref_log_probs:  # TRL does so while it makes the trainer
+            key_precomputed_references()
+            if not cfg.fsdp_config:  # Axolotl casts both models back there
+                self._prepare_latents(cfg, model, self._reference)
+        base = local_folder(cfg)
+        settings = settings_of(_options(cfg), getattr(model.config, CONFIG_KEY))
+        return [TernaryRun(settings, str(base) if base else None)]
+
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         if not cfg.use_onebitllms:
             return []
         if cfg.rl in ("dpo", "ipo"):  # which load their reference through the plugin when they train
             refuse_dense_reference(cfg, trainer)
-        if cfg.fsdp_config or cfg.deepspeed:  # whole weights are not there to keep
+        if cfg.deepspeed:
             return []
+        if cfg.fsdp_config:  # whole weights are not there to keep
+            return _gathering(cfg, trainer)
         rereads = (cfg.gradient_accumulation_steps or 1) > 1 or bool(cfg.gradient_checkpointing)
         return [KeepCodes()] if rereads else []
 
@@ -111,18 +148,21 @@ class BitNetPlugin(BasePlugin):
         self._repository = repository_of(trainer)
         if self._repository is not None:  # else pushes in the course of training would take them along
             set_aside(cfg.output_dir, weights=False)
-        reference = getattr(trainer, "ref_model", None)
-        if reference is not None and not any(isinstance(module, BitLinear) for module in reference.modules()):
-            raise RuntimeError(
-                f"the reference model of {type(trainer).__name__} is dense and the policy ternary: rewards "
-                "would compare two different models. Please report this configuration"
-            )
+        guard(trainer)
+        loaded, self._reference = self._reference, None
+        reference = settle_reference(trainer, loaded)
+        refuse_dense_judges(trainer)
+        if getattr(trainer, "use_vllm", False):
+            push_dense_ternary(trainer.vllm_generation, trainer.model)
+        self._prepare_latents(cfg, trainer.model, reference)
+
+    def _prepare_latents(self, cfg: Any, policy: torch.nn.Module, reference: torch.nn.Module | None) -> None:
         if _options(cfg).latent_dtype != "float32" or cfg.deepspeed:  # DeepSpeed keeps float32 masters itself
             return
-        upcast = upcast_trainable(trainer.model)
+        upcast = upcast_trainable(policy)
         loaded_as = cfg.torch_dtype
         if loaded_as is not None and loaded_as != torch.float32 and _holds_weights(cfg):
-            restored = restore_low_bits(trainer.model, _stored_float32(cfg), loaded_as)
+            restored = restore_low_bits(policy, _stored_float32(cfg), loaded_as)
             if restored:
                 _info("read the full float32 values of %d tensors from the base", restored)
         if upcast:
@@ -131,7 +171,7 @@ class BitNetPlugin(BasePlugin):
                 upcast * 2 / 2**30,
             )
         if reference is not None and not cfg.fsdp_config:  # FSDP2 computes both in its own dtype
-            match_reference(trainer.model, reference)
+            match_reference(policy, reference)
 
     def post_train(self, cfg: Any, model: torch.nn.Module) -> None:
         """Called twice: before the final save, with all ranks alive, and after it, with the group gone."""
@@ -141,8 +181,12 @@ class BitNetPlugin(BasePlugin):
             self._trained = fingerprint_model(model)
             if _is_main_process() and (names := set_aside(cfg.output_dir)):
                 _info("a previous run's %s in %s will be replaced", ", ".join(names), cfg.output_dir)
-            if torch.distributed.is_initialized():
-                torch.distributed.barrier()  # a stale index would keep other ranks from merging
+            _barrier()  # a stale index would keep other ranks from merging
+            if cfg.local_rank == 0 and not _is_main_process():
+                # Axolotl lets the first process of every node save: on one disk, while rank 0 packs the file.
+                cfg.local_rank = int(os.environ["RANK"])
+                set_aside(cfg.output_dir)  # on a disk of the node's own, they would pass for this run's
+            _barrier()
             return
         trained, self._trained = self._trained, None
         if _is_main_process():
@@ -173,6 +217,29 @@ class BitNetPlugin(BasePlugin):
             _info("%s", report.summary())
 
 
+def _gathering(cfg: Any, trainer: Any) -> list[Any]:
+    """The callback that makes FSDP2 gather 2-bit codes, where that is asked for or possible; and says so."""
+    if str(cfg.fsdp_version) != "2":
+        return []
+    wish = _options(cfg).gather
+    reason = "bitnet.gather: native"
+    if wish != "native":
+        try:
+            from ..training.gather import GatherTernary
+        except ImportError as error:  # it reaches into FSDP2's own modules
+            if wish == "ternary":
+                raise RuntimeError(
+                    f"`bitnet.gather: ternary` does not fit torch {torch.__version__}"
+                ) from error
+            reason = f"torch {torch.__version__} has no place for codes: {error}"
+        else:
+            _info("FSDP2 gathers ternary weights as 2-bit codes")
+            reference = getattr(trainer, "ref_model", None)
+            return [GatherTernary(*([] if reference is None else [reference]))]
+    _info("FSDP2 gathers weights as they are (%s)", reason)
+    return []
+
+
 def _options(cfg: Any) -> BitNetConfig:
     return BitNetConfig(**(cfg.bitnet or {}))
 
@@ -198,6 +265,11 @@ def _stored_float32(cfg: Any) -> dict[str, Any]:
         return {}  # no safetensors: random weights, or files that are not read
     wanted = [entry.name for entry in reader.entries.values() if entry.dtype == torch.float32]
     return {name: partial(reader.tensor, name) for name in wanted}
+
+
+def _barrier() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _is_main_process() -> bool:

@@ -34,14 +34,14 @@ def _abs_sums(w_ptr, sums_ptr, numel, blocks, PROGRAMS: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _ternary(w, inverse_g):
+def ternary_codes(w, inverse_g):
     """-1, 0 or 1, float32: clamp(round(w * inverse_g), -1, 1), half to even; 0 for NaN."""
     scaled = cast(w.to(tl.float32), tl.bfloat16).to(tl.float32) * inverse_g
     return tl.where(scaled > 0.5, 1.0, tl.where(scaled < -0.5, -1.0, 0.0))
 
 
 @triton.jit
-def _scale(g):
+def scale(g):
     """``s`` = bf16(1 / bf16(g)), bfloat16."""
     return cast(reciprocal(cast(g, tl.bfloat16).to(tl.float32)), tl.bfloat16)
 
@@ -57,11 +57,11 @@ def _codes(
     inverse_g = reciprocal(g)
     if program == 0:
         tl.store(g_ptr, g)
-        tl.store(s_ptr, _scale(g))
+        tl.store(s_ptr, scale(g))
     for step in range(program, blocks, PROGRAMS):
         offset = tl.cast(blocks - 1 - step, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offset < numel
-        codes = _ternary(tl.load(w_ptr + offset, mask=mask, other=0.0), inverse_g)
+        codes = ternary_codes(tl.load(w_ptr + offset, mask=mask, other=0.0), inverse_g)
         tl.store(codes_ptr + offset, codes.to(tl.int8), mask=mask)
 
 
@@ -70,8 +70,8 @@ def _dequantized(w_ptr, g_ptr, out_ptr, numel, BLOCK: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < numel
     g = tl.load(g_ptr)
-    codes = _ternary(tl.load(w_ptr + offset, mask=mask, other=0.0), reciprocal(g))
-    out = codes * reciprocal(_scale(g).to(tl.float32))  # a code is 0 or +-1: this is the division, to the bit
+    codes = ternary_codes(tl.load(w_ptr + offset, mask=mask, other=0.0), reciprocal(g))
+    out = codes * reciprocal(scale(g).to(tl.float32))  # a code is 0 or +-1: this is the division, to the bit
     tl.store(out_ptr + offset, cast(out, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -83,12 +83,23 @@ def _transposed(w_ptr, g_ptr, out_ptr, s_ptr, rows, columns, TILE: tl.constexpr)
     g = tl.load(g_ptr)
     inverse_g = reciprocal(g)
     if tl.program_id(0) == 0:
-        tl.store(s_ptr, _scale(g))
+        tl.store(s_ptr, scale(g))
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     w = tl.load(w_ptr + row[:, None].to(tl.int64) * columns + column[None, :], mask=inside, other=0.0)
-    codes = tl.trans(_ternary(w, inverse_g).to(tl.int8))
+    codes = tl.trans(ternary_codes(w, inverse_g).to(tl.int8))
     place = out_ptr + column[:, None].to(tl.int64) * rows + row[None, :]
     tl.store(place, codes, mask=(column < columns)[:, None] & (row < rows)[None, :])
+
+
+def abs_sum_parts(weight: Tensor) -> Tensor:
+    """float64 (512,) that add up to ``sum|bf16(W)|``. The weight may be empty."""
+    weight = weight.contiguous()
+    sums = torch.empty(_PROGRAMS, dtype=torch.float64, device=weight.device)
+    numel, block = weight.numel(), _BLOCK // weight.itemsize
+    key = (weight.dtype, numel, *aligned(weight))
+    args = (weight, sums, numel, ceil_div(numel, block), _PROGRAMS, block)
+    launch(_abs_sums, _PROGRAMS, weight.get_device(), key, args, warps=8)
+    return sums
 
 
 def ternarize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +110,7 @@ def ternarize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     weight = weight.contiguous()
     numel, device = weight.numel(), weight.device
-    sums = torch.empty(_PROGRAMS, dtype=torch.float64, device=device)
+    sums = abs_sum_parts(weight)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
     s = torch.empty(1, dtype=torch.bfloat16, device=device)
     g = torch.empty((), dtype=torch.float32, device=device)
@@ -107,7 +118,6 @@ def ternarize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = ceil_div(numel, block)
     key = (weight.dtype, numel, *aligned(weight))
     cut = (numel, blocks, _PROGRAMS, block)
-    launch(_abs_sums, _PROGRAMS, weight.get_device(), key, (weight, sums, *cut), warps=8)
     launch(_codes, _PROGRAMS, weight.get_device(), key, (weight, sums, codes, s, g, *cut), warps=8)
     return codes, s, g
 

@@ -1,0 +1,67 @@
+"""kernels/shards.py against the twins' bytes, codes and values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import same
+
+from axolotl_bitnet import plain, ternary
+from axolotl_bitnet.kernels import shards as kernel
+from axolotl_bitnet.kernels import weights
+
+SHAPES = [(1, 1), (5, 3), (8, 16), (37, 24), (64, 100), (130, 33), (12, 2049)]
+
+
+def shards_of(weight: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """As FSDP2 cuts it; the last may have fewer rows, or none."""
+    chunks = list(weight.chunk(count))
+    return chunks + [weight[:0]] * (count - len(chunks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows, columns", SHAPES)
+def test_there_and_back(rows: int, columns: int, count: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(rows, columns).to(dtype)
+    codes, _, g = plain.ternarize(weight)
+    most = -(-rows // count)
+    parts = []
+    for shard in shards_of(weight, count):
+        parts.append(kernel.pack_shard(shard, g, most))
+        same(parts[-1], plain.pack_shard(shard, g, most))
+    packed = torch.cat(parts)
+    assert packed.shape == (count * -(-most // 4), columns)
+    same(kernel.unpack_shards(packed, count, rows), codes)
+    same(plain.unpack_shards(packed, count, rows), codes)
+    for wanted in (torch.float32, torch.bfloat16, torch.float16):
+        expected = plain.dequantized_weight(weight, g, wanted)
+        same(kernel.dequantize_shards(packed, g, count, rows, wanted), expected)
+        same(plain.dequantize_shards(packed, g, count, rows, wanted), expected)
+
+
+def test_a_poisoned_weight_is_nan_wherever_it_is_used() -> None:
+    weight = torch.randn(8, 4)
+    weight[3, 2] = torch.nan
+    codes, _, g = plain.ternarize(weight)
+    packed = kernel.pack_shard(weight, g, 8)
+    same(kernel.unpack_shards(packed, 1, 8), codes)
+    assert kernel.dequantize_shards(packed, g, 1, 8, torch.float32).isnan().all()
+
+
+def test_views_are_read_as_they_are() -> None:
+    whole = torch.randn(40, 66)
+    for weight in (whole[:, 1:50], whole[::3], whole.t()):
+        _, _, g = plain.ternarize(weight)
+        rows = weight.shape[0]
+        same(kernel.pack_shard(weight, g, rows), plain.pack_shard(weight, g, rows))
+    packed = kernel.pack_shard(whole, plain.ternarize(whole)[2], 40)
+    same(kernel.unpack_shards(packed.t().contiguous().t(), 1, 40), plain.unpack_shards(packed, 1, 40))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 300])
+def test_the_sums_of_shards_make_the_absmean(rows: int) -> None:
+    weight = torch.randn(rows, 77) * 0.02
+    parts = weights.abs_sum_parts(weight)
+    assert parts.dtype == torch.float64 and parts.shape == (512,)
+    assert float(parts.sum()) == float(ternary.abs_sum(weight))

@@ -1,0 +1,227 @@
+"""FSDP2's all-gather in 2 bits, on CPU processes: the same run as with FSDP2's own, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_fsdp2 import batch, build
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from axolotl_bitnet import plain
+from axolotl_bitnet.fingerprint import fingerprint_model
+from axolotl_bitnet.gathered_weight import GatheredWeight
+from axolotl_bitnet.ops import dequantized_weight, ternarize, transposed_codes
+from axolotl_bitnet.training.gather import GatherTernary, gather_ternary
+
+TERNARY = 10  # layers of build()
+
+
+def shard(
+    gather: str, mesh: Any = None, policy: torch.dtype | None = None, reshard: bool = True, **model: Any
+) -> nn.Sequential:
+    """The model of test_fsdp2, sharded by blocks; ``gather`` as in the config."""
+    built = build(model.get("latents", torch.float32), model.get("checkpointed", False))
+    settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard}
+    if policy is not None:
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=policy)
+    for block in built[:3]:
+        fully_shard(block, **settings)
+    fully_shard(built, **settings)
+    if gather == "ternary":
+        assert gather_ternary(built) == TERNARY
+    return built
+
+
+def losses_and_weights(model: nn.Sequential, steps: int = 3, micro_batches: int = 1, **how: Any) -> list[Any]:
+    """Everything that a run shows: losses, gradients, fingerprints and weights."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    first = next(model.parameters())
+    dtype = how.get("dtype") or first.dtype
+    seen: list[Any] = []
+    for step in range(steps):
+        for micro in range(micro_batches):
+            if how.get("sync_last"):
+                model.set_requires_gradient_sync(micro == micro_batches - 1)
+            loss = model(batch(dist.get_rank(), 10 * step + micro).to(dtype)).float().square().sum()
+            loss.backward()
+            seen.append(loss.detach())
+        seen += [parameter.grad.full_tensor() for parameter in model.parameters()]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(fingerprint_model(model).digest)
+    with torch.no_grad():
+        seen.append(model(batch(dist.get_rank(), 99).to(dtype)))
+    for module in (model, *model[:3]):
+        module.reshard()
+    return seen + [parameter.full_tensor().detach() for parameter in model.parameters()]
+
+
+def pair(run: Callable[[str], list[Any]]) -> tuple[list[Any], list[Any]]:
+    return run("native"), run("ternary")
+
+
+def either(
+    policy: torch.dtype | None = None, micro_batches: int = 1, sync_last: bool = False, **how: Any
+) -> Any:
+    def run(gather: str) -> list[Any]:
+        how_to_run = {"micro_batches": micro_batches, "sync_last": sync_last, "dtype": policy}
+        return losses_and_weights(shard(gather, policy=policy, **how), **how_to_run)
+
+    return pair(run)
+
+
+def compiled_layers() -> Any:
+    def run(gather: str) -> list[Any]:
+        model = shard(gather)
+        for block in model[:3]:
+            block.compile(backend="aot_eager", fullgraph=True)
+        return losses_and_weights(model)
+
+    return pair(run)
+
+
+def replicas() -> Any:
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    return pair(lambda gather: losses_and_weights(shard(gather, mesh=mesh)))
+
+
+def edited_weights() -> Any:
+    """Weights that change in every way there is, between forwards: each forward sees them."""
+
+    def run(gather: str) -> list[Any]:
+        model, x = shard(gather), batch(0, 0)
+        seen = [model(x).detach()]
+        for parameter in model.parameters():
+            parameter.data.mul_(-1.5)
+        seen.append(model(x).detach())
+        model.load_state_dict({name: tensor * 0.5 for name, tensor in model.state_dict().items()})
+        seen.append(model(x).detach())
+        for _, parameter in model.named_parameters():
+            parameter.to_local().data.add_(0.01)
+        model.eval()
+        with torch.inference_mode():
+            seen.append(model(x).clone())
+        assert len({float(y.float().sum()) for y in seen}) == len(seen)
+        return seen
+
+    return pair(run)
+
+
+def already_used() -> Any:
+    """Switched over after a forward that left whole weights behind, by the callback."""
+
+    def run(gather: str) -> list[Any]:
+        model = shard("native", reshard=False)
+        if gather == "ternary":
+            with torch.no_grad():
+                model(batch(0, 0))
+            GatherTernary().on_train_begin(None, None, None, model=model)
+        return losses_and_weights(model)
+
+    return pair(run)
+
+
+def gathered() -> Any:
+    """What the layers see, what FSDP2 keeps of it, and what travels."""
+    model = shard("ternary", reshard=False, policy=torch.bfloat16)
+    whole = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        model(batch(0, 0).bfloat16())
+    weight, latents = model[0].gate.weight, whole["0.gate.weight"]
+    assert isinstance(weight, GatheredWeight) and isinstance(weight, nn.Parameter)
+    assert weight.dtype == torch.bfloat16 and weight.shape == latents.shape and weight.requires_grad
+    rows = -(-latents.shape[0] // dist.get_world_size())
+    assert weight.packed.numel() == dist.get_world_size() * -(-rows // 4) * latents.shape[1]
+    codes, s, g = plain.ternarize(latents)
+    for one, other in zip(ternarize(weight), (codes, s, g), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(
+        dequantized_weight(weight, g, torch.float32), plain.dequantized_weight(latents, g, torch.float32)
+    )
+    assert torch.equal(transposed_codes(weight, g)[0], codes.t())
+    assert torch.equal(weight * 2, plain.dequantized_weight(latents, g, torch.bfloat16) * 2)
+    with FakeTensorMode() as fake:  # a compiler logs what it compiles
+        assert "GatheredWeight((37, 24)" in repr(fake.from_tensor(weight))
+    with pytest.raises(RuntimeError, match="only read"):
+        weight.data.zero_()
+    assert (
+        fingerprint_model(model[0]).tensors["gate"].codes
+        == fingerprint_model(build_like(latents)).tensors["0"].codes
+    )
+    model[0].reshard()
+    assert not isinstance(model[0].gate.weight, GatheredWeight)
+    assert gather_ternary(model) == 0  # all of them are
+    return [], []
+
+
+def build_like(latents: Tensor) -> nn.Sequential:
+    from axolotl_bitnet.bitlinear import BitLinear
+
+    layer = BitLinear(latents.shape[1], latents.shape[0], bias=False)
+    layer.weight.data = latents
+    return nn.Sequential(layer)
+
+
+CASES: dict[str, tuple[int, Callable[[], Any]]] = {  # name: processes, what they do
+    "float32": (2, either),
+    "bfloat16 latents": (2, lambda: either(latents=torch.bfloat16)),
+    "computing in bfloat16": (2, lambda: either(policy=torch.bfloat16)),
+    "not resharded after the forward": (2, lambda: either(policy=torch.bfloat16, reshard=False)),
+    "activation checkpointing": (2, lambda: either(checkpointed=True)),
+    "accumulation": (2, lambda: either(micro_batches=3)),
+    "accumulation, gradients reduced at the end": (2, lambda: either(micro_batches=3, sync_last=True)),
+    "compiled layers": (2, compiled_layers),
+    "edited weights": (2, edited_weights),
+    "already used": (2, already_used),
+    "what is gathered": (2, gathered),
+    "four ranks, one without a row of the last layer": (4, either),
+    "two replicas of two shards": (4, replicas),
+    "what four ranks gather": (4, gathered),
+}
+
+
+def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous{world}"
+    dist.init_process_group("gloo", rendezvous, timedelta(seconds=120), world_size=world, rank=rank)
+    try:
+        for name in names:
+            native, ternary = CASES[name][1]()
+            torch._dynamo.reset()
+            if rank in (0, world - 1):
+                torch.save((native, ternary), Path(folder) / f"{name}-{int(rank > 0)}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of what the first and the last rank saw of every case; one start a number of processes."""
+    folder = tmp_path_factory.mktemp("gather")
+    for world in sorted({world for world, _ in CASES.values()}):
+        names = [name for name, (wanted, _) in CASES.items() if wanted == world]
+        torch.multiprocessing.spawn(worker, (world, str(folder), names), nprocs=world)
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_is_the_native_one_to_the_bit(runs: Path, name: str) -> None:
+    for rank in (0, 1):
+        native, ternary = torch.load(runs / f"{name}-{rank}.pt")
+        assert len(native) == len(ternary)
+        for one, other in zip(native, ternary, strict=True):
+            assert one == other if isinstance(one, str) else torch.equal(one, other)
+
+
+def test_unsharded_models_are_left_alone() -> None:
+    assert gather_ternary(build(torch.float32, False)) == 0

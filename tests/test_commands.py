@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 import yaml
@@ -26,6 +27,7 @@ from axolotl_bitnet.checkpoint.packed import pack_checkpoint
 from axolotl_bitnet.checkpoint.stream import CheckpointError
 from axolotl_bitnet.checkpoint.verify import verify_checkpoint
 from axolotl_bitnet.integration.args import refusals
+from axolotl_bitnet.integration.commands import command_refusals
 
 pytestmark = pytest.mark.slow
 
@@ -85,10 +87,11 @@ def test_evaluate_scores_the_ternary_model(
         run.trainer.model = run.model
 
 
+@pytest.mark.parametrize("method", ["dpo", "ipo"])
 def test_evaluate_refuses_a_dense_reference(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = preference(tmp_path, trained[0] / "out")
+    settings = preference(tmp_path, trained[0] / "out", rl=method)
     result = _axolotl(monkeypatch, tmp_path, "evaluate", settings, "--launcher", "python")
     assert result.exit_code != 0 and "a config without `rl`" in str(result.exception)
 
@@ -282,6 +285,13 @@ def test_what_would_take_the_latents_for_a_model_is_refused(
     assert said.count(f"`axolotl {command}` with `use_onebitllms`") == 1 and reason in said
     out = trained[0] / "out"
     assert f"`axolotl bitnet pack {out} {out / 'packed'}`" in said
+
+
+def test_a_server_of_rollouts_is_not_refused() -> None:
+    """It starts with the base's latents, and gets what is trained before the first rollout."""
+    with click.Context(click.Command("vllm-serve"), info_name="vllm-serve"):
+        assert len(command_refusals({"use_onebitllms": True})) == 1
+        assert command_refusals({"use_onebitllms": True, "rl": "grpo", "trl": {"use_vllm": True}}) == []
 
 
 def test_from_python_a_commands_own_keys_tell_it() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_bitnet.bitlinear import BitLinear, bitlinear
-from axolotl_bitnet.convert import CONFIG_KEY, ConversionError, convert_to_bitlinear, plan_conversion
+from axolotl_bitnet.convert import CONFIG_KEY, ConversionError, Plan, convert_to_bitlinear, plan_conversion
 from axolotl_bitnet.ternary import DEFINITION
 
 transformers = pytest.importorskip("transformers")
@@ -163,6 +163,38 @@ def test_vision_language_model_on_meta() -> None:
     dense = model.config.axolotl_bitnet["dense"]
     assert "lm_head" in dense and any("vision_tower" in name for name in dense)
     assert any("projector" in name for name in dense)
+
+
+def test_names_that_a_checkpoint_spells_otherwise(monkeypatch: pytest.MonkeyPatch, tiny_model) -> None:
+    """transformers renames the towers of vision-language models when it saves them."""
+    from transformers import core_model_loading
+
+    def saved(_: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name.replace("model.layers.", "text.model.layers.").replace("0.mlp.", "0.ffn."): tensor
+            for name, tensor in tensors.items()
+        }
+
+    monkeypatch.setattr(core_model_loading, "revert_weight_conversion", saved)
+    model = tiny_model("Llama")
+    names = convert_to_bitlinear(model)
+    entry = model.config.axolotl_bitnet
+    plan = Plan(entry["converted"], entry["dense"], entry["saved_as"])
+    for name in names:
+        (key,) = saved(model, {f"{name}.weight": None})
+        assert plan.stem(name, {key}) == key.removesuffix(".weight")
+        assert plan.stem(name, {f"{name}.weight"}) == name  # merged shards keep the model's own names
+    assert len(entry["saved_as"]) == 2
+
+
+@pytest.mark.parametrize("saved", [["up.weight", "gate.weight"], ["up.qkv"]])
+def test_a_layer_saved_in_another_form_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tiny_model, saved: list[str]
+) -> None:
+    from transformers import core_model_loading
+
+    monkeypatch.setattr(core_model_loading, "revert_weight_conversion", lambda *_: dict.fromkeys(saved))
+    assert f"q_proj is saved as {', '.join(saved)}, which could not be packed" in refusal(tiny_model("Llama"))
 
 
 # Microsoft's layers, as transformers loads them

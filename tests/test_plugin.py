@@ -199,26 +199,6 @@ def test_a_packed_model_that_is_not_the_trained_one_fails_loudly_and_keeps_the_l
     assert _record(out)["artifacts"]["packed"]["verified"] is False
 
 
-def test_microsofts_bitnet_trains_and_packs(tmp_path: Path, tiny_model: MakeModel) -> None:
-    model = tiny_model("BitNet", vocab_size=_vocabulary(), tie_word_embeddings=True)
-    base = _save(model, tmp_path / "base")
-    path = base / "config.json"
-    settings = json.loads(path.read_text())
-    settings["quantization_config"] = {
-        "quant_method": "bitnet",
-        "linear_class": "autobitlinear",
-        "quantization_mode": "online",
-        "modules_to_not_convert": ["lm_head"],
-    }
-    path.write_text(json.dumps(settings))
-    run = train(config(tmp_path, base, max_steps=4))
-    assert run.losses[-1] < run.losses[0]
-    assert sum(isinstance(module, BitLinear) for module in run.model.modules()) == 14
-    assert verify_checkpoint(tmp_path / "out" / "packed", tmp_path / "out").ok
-    saved = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert "quantization_config" not in saved
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [

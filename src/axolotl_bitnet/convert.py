@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from .bitlinear import BitLinear
@@ -40,6 +41,17 @@ class Plan:
 
     converted: list[str]
     dense: list[str]
+    saved_as: dict[str, str] = field(default_factory=dict)
+    """Beginnings of converted names, and what the checkpoint's files call them, where the two differ."""
+
+    def stem(self, name: str, stored: Container[str]) -> str:
+        """What a checkpoint whose tensors are ``stored`` calls a converted layer."""
+        if f"{name}.weight" in stored:
+            return name
+        for start in sorted(self.saved_as, key=len, reverse=True):
+            if name == start or name.startswith(f"{start}."):
+                return self.saved_as[start] + name[len(start) :]
+        return name
 
 
 def convert_to_bitlinear(
@@ -63,6 +75,7 @@ def convert_to_bitlinear(
         ConversionError: a layer cannot be packed or would bypass its module, or a pattern matches nothing.
     """
     plan = plan_conversion(model, skip_modules)
+    saved_as = _saved_as(model, plan.converted)
     if any(_is_auto_bitlinear(model.get_submodule(name)) for name in plan.converted):
         _forget_quantizer(model)
     for name in plan.converted:
@@ -72,7 +85,7 @@ def convert_to_bitlinear(
     config = getattr(model, "config", None)
     if config is not None:
         entry = {"definition": DEFINITION, "converted": list(plan.converted), "dense": list(plan.dense)}
-        setattr(config, CONFIG_KEY, entry)
+        setattr(config, CONFIG_KEY, entry | ({"saved_as": saved_as} if saved_as else {}))
     return plan.converted
 
 
@@ -183,6 +196,34 @@ def _bypass(name: str, module: nn.Module) -> str | None:
 def _stays_dense(name: str) -> bool:
     parts = name.split(".")
     return parts[-1] in _HEADS | _ROUTERS or any(_TOWERS.search(part) for part in parts)
+
+
+def _saved_as(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Where transformers saves these layers under other names than the model's, as it does with the towers of
+    vision-language models: beginnings of names, and what they become.
+
+    Raises:
+        ConversionError: it saves one merged with others, or in pieces: there would be nothing to pack.
+    """
+    if not hasattr(model, "save_pretrained"):
+        return {}
+    from transformers.core_model_loading import revert_weight_conversion
+
+    renamed = {}
+    for name in names:
+        saved = revert_weight_conversion(model, {f"{name}.weight": torch.empty(4, 4, device="meta")})
+        (key, *more) = saved
+        if more or not key.endswith(".weight"):
+            raise ConversionError(
+                f"{name} is saved as {', '.join(saved)}, which could not be packed: add it to skip_modules"
+            )
+        ours, theirs = name.split("."), key.removesuffix(".weight").split(".")
+        while len(ours) > 1 and len(theirs) > 1 and ours[-1] == theirs[-1]:
+            ours.pop()
+            theirs.pop()
+        if ours != theirs:
+            renamed[".".join(ours)] = ".".join(theirs)
+    return renamed
 
 
 def _output_head(model: nn.Module) -> Any:

@@ -52,7 +52,7 @@ def read_plan(config: dict[str, Any], where: str | Path) -> Plan:
             f"{where} does not say which layers are ternary (no '{CONFIG_KEY}' key): it was not trained by "
             "axolotl-bitnet. Load it, call convert_to_bitlinear(model) and save it again"
         )
-    return Plan(list(entry["converted"]), list(entry.get("dense", [])))
+    return Plan(list(entry["converted"]), list(entry.get("dense", [])), dict(entry.get("saved_as", {})))
 
 
 class LatentCheckpoint:
@@ -72,12 +72,13 @@ class LatentCheckpoint:
         self.config = read_json(self.companions / "config.json")
         self.names = read_plan(self.config, self.companions / "config.json")
         self.reader = CheckpointReader(self.folder)
-        for name in self.names.converted:
-            entry = self.reader.entries.get(f"{name}.weight")
+        self.keys = {
+            name: f"{self.names.stem(name, self.reader.entries)}.weight" for name in self.names.converted
+        }
+        for key in self.keys.values():
+            entry = self.reader.entries.get(key)
             if entry is None:
-                raise CheckpointError(
-                    f"{self.folder} has no '{name}.weight', which its config lists as ternary"
-                )
+                raise CheckpointError(f"{self.folder} has no '{key}', which its config lists as ternary")
             if not entry.dtype.is_floating_point or len(entry.shape) != 2:
                 raise CheckpointError(
                     f"{self.folder}: '{entry.name}' is {entry.dtype} {list(entry.shape)}, not latents"
@@ -85,7 +86,7 @@ class LatentCheckpoint:
 
     def absmean(self, name: str) -> Tensor:
         """``g`` of a layer, summed over row blocks."""
-        key = f"{name}.weight"
+        key = self.keys[name]
         total = sum(
             (abs_sum(block) for block in self.reader.row_blocks(key)), torch.zeros((), dtype=torch.float64)
         )
@@ -94,7 +95,7 @@ class LatentCheckpoint:
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         """``(codes, s)`` of a layer: int8 (rows, columns) and bfloat16 (1,)."""
-        key = f"{name}.weight"
+        key = self.keys[name]
         g = self.absmean(name)
         codes = torch.empty(self.reader.entries[key].shape, dtype=torch.int8)
         row = 0
@@ -107,7 +108,7 @@ class LatentCheckpoint:
         """Fingerprint of what these latents quantize to."""
         tensors = {}
         for name in self.names.converted:
-            key, g = f"{name}.weight", self.absmean(name)
+            key, g = self.keys[name], self.absmean(name)
             digests, zeros, row = [], 0, 0
             for block in self.reader.row_blocks(key):
                 codes = codes_of(block, g)

@@ -60,7 +60,7 @@ def pack_checkpoint(
     source, target = latents.folder.resolve(), Path(dst).resolve()
     if target == source or target in source.parents:
         raise CheckpointError(f"{dst} would replace the latents in {src}: name another folder")
-    ternary = {f"{name}.weight": name for name in latents.names.converted}
+    ternary = {key: name for name, key in latents.keys.items()}
     entries: list[Entry] = []
     for entry in latents.reader.entries.values():
         if entry.name in ternary:
@@ -70,7 +70,7 @@ def pack_checkpoint(
                     f"{latents.folder}: '{entry.name}' has {rows} rows, not a multiple of {ROWS_PER_BYTE}"
                 )
             entries.append(Entry(entry.name, torch.uint8, (rows // ROWS_PER_BYTE, columns)))
-            entries.append(Entry(f"{ternary[entry.name]}.weight_scale", torch.bfloat16, (1,)))
+            entries.append(Entry(f"{entry.name}_scale", torch.bfloat16, (1,)))
         else:
             dtype = torch.bfloat16 if entry.dtype.is_floating_point else entry.dtype
             entries.append(Entry(entry.name, dtype, entry.shape))
@@ -85,7 +85,7 @@ def pack_checkpoint(
                             f"{latents.folder}: '{name}' holds a NaN or an Inf and has no codes"
                         )
                     writer.write(name, pack_codes(codes))
-                    writer.write(f"{ternary[name]}.weight_scale", scale)
+                    writer.write(f"{name}_scale", scale)
                 elif entry.dtype.is_floating_point:
                     writer.write(name, latents.reader.tensor(name).to(torch.bfloat16))
                 else:
@@ -99,8 +99,7 @@ def pack_checkpoint(
 
 def packed_config(config: dict[str, Any], names: Plan) -> dict[str, Any]:
     """A latent checkpoint's config.json turned into a packed one's."""
-    packed = {key: value for key, value in config.items() if key != "torch_dtype"}
-    packed["dtype"] = "bfloat16"
+    packed = _in_bfloat16(config)
     packed["quantization_config"] = {
         "quant_method": "bitnet",
         "linear_class": "bitlinear",  # divides by weight_scale; "autobitlinear" would scale the bias as well
@@ -113,6 +112,19 @@ def packed_config(config: dict[str, Any], names: Plan) -> dict[str, Any]:
             "rope_theta"
         ]  # MLX reads it here only, and would take 10000 without a word
     return packed
+
+
+def _in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
+    """A config, and those of a multimodal model's towers in it, that say how tensors are stored."""
+    inside = {
+        key: _in_bfloat16(value)
+        for key, value in config.items()
+        if key.endswith("_config")
+        and isinstance(value, dict)
+        and ("dtype" in value or "torch_dtype" in value)
+    }
+    kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+    return kept | inside | {"dtype": "bfloat16"}
 
 
 def read_packed(folder: str | Path) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
@@ -131,16 +143,18 @@ def read_packed(folder: str | Path) -> dict[str, Callable[[], tuple[Tensor, Tens
     reader = CheckpointReader(folder)
     names = read_plan(config, folder / "config.json")
 
-    def load(name: str) -> tuple[Tensor, Tensor]:
-        return unpack_codes(reader.tensor(f"{name}.weight")), reader.tensor(f"{name}.weight_scale")
+    stems = {name: names.stem(name, reader.entries) for name in names.converted}
 
-    for name in names.converted:
-        entry, scale = reader.entries.get(f"{name}.weight"), reader.entries.get(f"{name}.weight_scale")
+    def load(stem: str) -> tuple[Tensor, Tensor]:
+        return unpack_codes(reader.tensor(f"{stem}.weight")), reader.tensor(f"{stem}.weight_scale")
+
+    for name, stem in stems.items():
+        entry, scale = reader.entries.get(f"{stem}.weight"), reader.entries.get(f"{stem}.weight_scale")
         if entry is None or entry.dtype != torch.uint8 or scale is None or scale.shape != (1,):
             raise CheckpointError(
                 f"{folder}: layer '{name}' is not packed (a uint8 weight, and a weight_scale of shape [1])"
             )
-    return {name: partial(load, name) for name in names.converted}
+    return {name: partial(load, stem) for name, stem in stems.items()}
 
 
 def fingerprint_packed(folder: str | Path) -> Fingerprint:

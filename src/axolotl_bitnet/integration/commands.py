@@ -36,6 +36,8 @@ def command_refusals(cfg: Mapping[str, Any]) -> list[str]:
     packed = str(Path(out) / PACKED)
     context = click.get_current_context(silent=True)
     asked = [context.info_name] if context is not None and context.info_name in _REFUSED else []
+    if (cfg.get("trl") or {}).get("use_vllm"):  # for rollouts: training pushes its weights before the first
+        asked = [command for command in asked if command != "vllm-serve"]
     asked += [command for key, command in _BLOCKS.items() if cfg.get(key)]
     found = [
         f"`axolotl {command}` with `use_onebitllms`: {_REFUSED[str(command)].format(out=out, packed=packed)}"

@@ -132,7 +132,7 @@ class BitNetPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         if not cfg.use_onebitllms:
             return []
-        if cfg.rl in ("dpo", "ipo"):  # which load their reference through the plugin when they train
+        if cfg.rl and self._reference is None:  # where Axolotl trains, it has loaded one by now
             refuse_dense_reference(cfg, trainer)
         if cfg.deepspeed:
             return []

@@ -108,7 +108,7 @@ def test_defaults() -> None:
         "skip_modules": [],
         "fuse": True,
         "int8_grad": False,
-        "gather": None,
+        "gather": "auto",
         "export": ["packed"],
         "verify": True,
     }
@@ -126,6 +126,17 @@ def test_fsdp1_cannot_honour(block: dict[str, Any], key: str) -> None:
     assert fsdp_refusals(config | {"fsdp_version": 2}) == []
     assert fsdp_refusals({key: config[key]}) == []
     assert fsdp_refusals({"bitnet": block}) == []
+
+
+def test_codes_are_gathered_by_fsdp2_alone() -> None:
+    ternary, sharded = {"bitnet": {"gather": "ternary"}}, {"fsdp_config": {"reshard_after_forward": True}}
+    for config in (ternary, ternary | sharded | {"fsdp_version": 1}):
+        (reason,) = fsdp_refusals(config)
+        assert "gather: ternary" in reason and "fsdp_version: 2" in reason
+    assert fsdp_refusals(ternary | sharded | {"fsdp_version": 2}) == []
+    assert (
+        fsdp_refusals({"bitnet": {"gather": "auto"}}) == fsdp_refusals({"bitnet": {"gather": "native"}}) == []
+    )
 
 
 def test_deepspeed_stage_is_read_from_a_file(tmp_path: Path) -> None:

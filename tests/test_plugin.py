@@ -289,3 +289,35 @@ def test_eight_bit_gradients_reach_the_layers_and_train(base: Path, tmp_path: Pa
     run = train(config(tmp_path, base, max_steps=8, bitnet={"int8_grad": True}))
     assert all(module.int8_grad for module in run.model.modules() if isinstance(module, BitLinear))
     assert run.losses[-1] < run.losses[0]
+
+
+def gathering(version: int, **options: str) -> list[Any]:
+    from types import SimpleNamespace
+
+    from axolotl_bitnet.integration.plugin import _gathering
+
+    return _gathering(SimpleNamespace(fsdp_version=version, bitnet=options), SimpleNamespace())
+
+
+def test_fsdp2_gathers_codes_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    with caplog.at_level(logging.INFO, "axolotl.bitnet"):
+        for wish in ({}, {"gather": "auto"}, {"gather": "ternary"}):
+            (callback,) = gathering(2, **wish)
+            assert type(callback).__name__ == "GatherTernary"
+        assert caplog.text.count("2-bit codes") == 3
+        assert gathering(2, gather="native") == [] and "bitnet.gather: native" in caplog.text
+        assert gathering(1) == []
+
+
+def test_a_torch_without_a_place_for_codes_gathers_weights(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    monkeypatch.setitem(sys.modules, "axolotl_bitnet.training.gather", None)
+    with caplog.at_level(logging.INFO, "axolotl.bitnet"):
+        assert gathering(2) == [] and "has no place for codes" in caplog.text
+    with pytest.raises(RuntimeError, match="gather: ternary.*does not fit torch"):
+        gathering(2, gather="ternary")

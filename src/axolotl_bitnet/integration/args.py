@@ -57,10 +57,10 @@ class BitNetConfig(BaseModel):
             "description": "Compute the gradients of the layers' inputs on int8 tensor cores, from 8-bit dY."
         },
     )
-    gather: Literal["ternary", "native"] | None = Field(
-        default=None,
+    gather: Literal["auto", "ternary", "native"] = Field(
+        default="auto",
         json_schema_extra={
-            "description": "What FSDP2 gathers: 2-bit codes (default where it can), or weights as they are."
+            "description": "What FSDP2 gathers: 2-bit codes (auto: where it can), or weights as they are."
         },
     )
     export: list[Literal["packed"]] = Field(

@@ -322,3 +322,29 @@ def test_a_torch_without_a_place_for_codes_gathers_weights(
     assert gathering(2) == [] and "has no place for codes" in said.pop()
     with pytest.raises(RuntimeError, match=r"gather: ternary.* does not fit torch"):
         gathering(2, gather="ternary")
+
+
+def test_a_dense_config_on_ternary_latents_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from axolotl.utils.dict import DictDefault
+
+    warnings: list[str] = []
+    monkeypatch.setattr(plugin_module, "_warn", warnings.append)
+
+    def load(base: str) -> list[str]:
+        warnings.clear()
+        plugin_module.BitNetPlugin().pre_model_load(
+            DictDefault(base_model=base, output_dir=str(tmp_path / "out"))
+        )
+        return warnings
+
+    def write(**entries: Any) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(entries))
+        return str(tmp_path)
+
+    entry = {"definition": 1, "converted": ["layer"], "dense": []}
+    (told,) = load(write(axolotl_bitnet=entry))
+    assert str(tmp_path) in told and "use_onebitllms: true" in told
+    assert load(write(axolotl_bitnet=entry, quantization_config={"quant_method": "bitnet"})) == []  # packed
+    assert load(write(model_type="llama")) == []
+    (tmp_path / "config.json").write_text("{")
+    assert load(str(tmp_path)) == [] and load("nobody/nothing") == []

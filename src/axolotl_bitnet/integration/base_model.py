@@ -12,7 +12,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-from ..convert import ConversionError, plan_conversion
+from ..checkpoint.stream import CheckpointError, read_json
+from ..convert import CONFIG_KEY, ConversionError, plan_conversion
 
 
 def check_base(cfg: Any, skip_modules: list[str]) -> None:
@@ -41,6 +42,17 @@ def check_base(cfg: Any, skip_modules: list[str]) -> None:
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         with torch.device("meta"):
             plan_conversion(AutoModelForCausalLM.from_config(config), skip_modules)
+
+
+def holds_latents(cfg: Any) -> bool:
+    """Whether the base is what a ternary run saved: latents, which computed as dense weights are another
+    model."""
+    folder = local_folder(cfg)
+    try:
+        config = read_json(folder / "config.json") if folder is not None else {}
+    except CheckpointError:
+        return False  # Axolotl reports it better
+    return CONFIG_KEY in config and "quantization_config" not in config
 
 
 def local_folder(cfg: Any) -> Path | None:

@@ -25,7 +25,7 @@ from ..ternary import DEFINITION
 from ..training.keep_codes import KeepCodes
 from ..training.latents import match_reference, restore_low_bits, ternary_name_patterns, upcast_trainable
 from .args import BitNetConfig
-from .base_model import check_base, local_folder
+from .base_model import check_base, holds_latents, local_folder
 from .commands import refuse_dense_reference
 from .hub import Repository, published, repository_of
 from .references import key_precomputed_references, refuse_dense_judges, settle_reference
@@ -61,6 +61,11 @@ class BitNetPlugin(BasePlugin):
     def pre_model_load(self, cfg: Any) -> None:
         if not cfg.use_onebitllms:
             refuse_ternary_checkpoint(cfg)
+            if holds_latents(cfg):
+                _warn(
+                    f"{cfg.base_model} holds the latents of a ternary model, and this config computes them as "
+                    "a dense one, with other answers. Add `use_onebitllms: true`, unless that is what you want"
+                )
             return
         options = _options(cfg)
         check_base(cfg, options.skip_modules)

@@ -63,8 +63,8 @@ class BitNetPlugin(BasePlugin):
             refuse_ternary_checkpoint(cfg)
             if holds_latents(cfg):
                 _warn(
-                    f"{cfg.base_model} holds the latents of a ternary model, and this config computes them as "
-                    "a dense one, with other answers. Add `use_onebitllms: true`, unless that is what you want"
+                    f"{cfg.base_model} holds the latents of a ternary model, and this config computes them "
+                    "as a dense one, with other answers. Add `use_onebitllms: true`, unless you want that"
                 )
             return
         options = _options(cfg)

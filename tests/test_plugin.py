@@ -282,7 +282,9 @@ def test_layers_are_fused_unless_told_otherwise(base: Path, tmp_path: Path) -> N
         names = {type(module).__name__ for module in run.model.modules()}
         assert ("SwiGLU" in names, "LlamaMLP" in names) == (fuse, not fuse)
         losses.append(run.losses)
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(
+        losses[1], rel=1e-6
+    )  # the codes are equal; a last bit of the rest may not be
 
 
 def test_eight_bit_gradients_reach_the_layers_and_train(base: Path, tmp_path: Path) -> None:

@@ -282,9 +282,8 @@ def test_layers_are_fused_unless_told_otherwise(base: Path, tmp_path: Path) -> N
         names = {type(module).__name__ for module in run.model.modules()}
         assert ("SwiGLU" in names, "LlamaMLP" in names) == (fuse, not fuse)
         losses.append(run.losses)
-    assert losses[0] == pytest.approx(
-        losses[1], rel=1e-6
-    )  # the codes are equal; a last bit of the rest may not be
+    # The codes are equal; a last bit of the rest may not be.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_eight_bit_gradients_reach_the_layers_and_train(base: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from runs import TINY, Run, config, train
 from transformers import AutoTokenizer
 
 from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.checkpoint.packed import read_packed
+from axolotl_bitnet.checkpoint.packed import PackedCheckpoint
 from axolotl_bitnet.checkpoint.verify import verify_checkpoint
 from axolotl_bitnet.convert import ConversionError
 
@@ -146,11 +146,11 @@ def test_a_dense_ternary_llama_keeps_its_codes(
     # The head, the embeddings and the norms learn; the ternary layers stay where re-scaling put them.
     block = {"learning_rate_multiplier": 1e-9, "learning_rate_scope": "ternary"}
     _train_and_reload(tmp_path, base, bitnet=block)
-    packed = read_packed(tmp_path / "out" / "packed")
-    assert packed.keys() == codes.keys()
+    packed = PackedCheckpoint(tmp_path / "out" / "packed")
+    assert packed.keys.keys() == codes.keys()
     stored = load_file(base / "model.safetensors")
-    for name, load in packed.items():
-        found, scale = load()
+    for name in codes:
+        found, scale = packed.codes(name)
         assert torch.equal(found, codes[name]), name
         magnitude = stored[f"{name}.weight"].abs().max().float()
         assert torch.equal(scale, (1 / magnitude).to(torch.bfloat16).reshape(1)), name

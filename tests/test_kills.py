@@ -14,7 +14,7 @@ from torch import nn
 
 from axolotl_bitnet.checkpoint.artifacts import finish_run, set_aside
 from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
-from axolotl_bitnet.checkpoint.packed import fingerprint_packed, pack_checkpoint
+from axolotl_bitnet.checkpoint.packed import PackedCheckpoint, pack_checkpoint
 from axolotl_bitnet.checkpoint.stream import INDEX, CheckpointError
 from axolotl_bitnet.checkpoint.verify import RUN_FILE, verify_checkpoint
 from axolotl_bitnet.convert import convert_to_bitlinear
@@ -69,7 +69,7 @@ def test_killed_while_finishing(
         deaths += 1
         try:
             verified += verify_checkpoint(out / "packed", out).ok
-            assert fingerprint_packed(out / "packed").digest in runs
+            assert PackedCheckpoint(out / "packed").fingerprint().digest in runs
             if (out / INDEX).exists() or (out / "model.safetensors").exists():  # then it is of these latents
                 assert verify_checkpoint(out / "packed", LatentCheckpoint(out).fingerprint()).ok
         except CheckpointError as error:
@@ -77,7 +77,7 @@ def test_killed_while_finishing(
             assert str(out) in str(error)
         try:
             pack_checkpoint(out, tmp_path / "again", overwrite=True)
-            assert fingerprint_packed(tmp_path / "again").digest in runs
+            assert PackedCheckpoint(tmp_path / "again").fingerprint().digest in runs
         except CheckpointError as error:
             assert str(out) in str(error)
         kept = {fingerprint.digest for fingerprint in whole_weights(out)}
@@ -104,10 +104,10 @@ def test_killed_while_packing_over_an_older_one(build: Callable[[], nn.Module], 
     seen = []
     for _ in kill_at_every_change(lambda: pack_checkpoint(out, packed, overwrite=True), under=str(tmp_path)):
         try:
-            seen.append(runs.index(fingerprint_packed(packed)))
+            seen.append(runs.index(PackedCheckpoint(packed).fingerprint()))
         except CheckpointError:
             assert not packed.exists()
-            hidden = [fingerprint_packed(path) for path in tmp_path.glob(".packed.*")]
+            hidden = [PackedCheckpoint(path).fingerprint() for path in tmp_path.glob(".packed.*")]
             assert all(run in hidden for run in runs)
         shutil.rmtree(packed, ignore_errors=True)
         for path in tmp_path.glob(".packed.*"):

@@ -22,12 +22,11 @@ import axolotl_bitnet
 from axolotl_bitnet.bitlinear import BitLinear
 from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
 from axolotl_bitnet.checkpoint.packed import (
+    PackedCheckpoint,
     _exclusions,
-    fingerprint_packed,
     pack_checkpoint,
     pack_codes,
     packed_config,
-    read_packed,
     unpack_codes,
 )
 from axolotl_bitnet.checkpoint.stream import (
@@ -286,14 +285,16 @@ def test_skipped_layers_stay_dense(zoo: Zoo, case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_folder_holds_the_model(zoo: Zoo, case: str) -> None:
-    model, found = zoo.models[case], read_packed(zoo.packed(case))
+    model, found = zoo.models[case], PackedCheckpoint(zoo.packed(case))
     tensors = load_file(zoo.packed(case) / SINGLE)
-    assert fingerprint_packed(zoo.packed(case)) == fingerprint_model(model)
+    assert found.fingerprint() == fingerprint_model(model)
     for name, parameter in model.named_parameters():
         layer = name.removesuffix(".weight")
-        if layer in found:
+        if layer in found.keys:
             codes, scale = ternarize(parameter.detach())
-            assert torch.equal(found[layer]()[0], codes) and torch.equal(found[layer]()[1], scale)
+            read = found.codes(layer)
+            assert torch.equal(read[0], codes) and torch.equal(read[1], scale)
+            assert found.entries[name].shape == codes.shape
             assert tensors[f"{layer}.weight_scale"].shape == (1,)
         else:
             assert torch.equal(tensors[name], parameter.detach().to(torch.bfloat16)), name
@@ -483,7 +484,7 @@ def test_failures_name_the_cause_and_leave_nothing(zoo: Zoo, tmp_path: Path, fai
     with pytest.raises(CheckpointError, match=message):  # nor is an older folder lost
         pack_checkpoint(source, tmp_path / "good", overwrite=True)
     assert left_in(tmp_path) == ["good", "source"]
-    assert fingerprint_packed(tmp_path / "good") == fingerprint_model(zoo.models["llama"])
+    assert PackedCheckpoint(tmp_path / "good").fingerprint() == fingerprint_model(zoo.models["llama"])
 
 
 def test_packed_folder_is_not_packed_again(zoo: Zoo, tmp_path: Path) -> None:
@@ -491,7 +492,7 @@ def test_packed_folder_is_not_packed_again(zoo: Zoo, tmp_path: Path) -> None:
         pack_checkpoint(zoo.packed("llama"), tmp_path / "again")
     assert left_in(tmp_path) == []
     with pytest.raises(CheckpointError, match="is not a packed model's"):
-        read_packed(zoo.latents("llama"))
+        PackedCheckpoint(zoo.latents("llama"))
 
 
 def test_target_that_exists(zoo: Zoo, tmp_path: Path) -> None:
@@ -499,9 +500,9 @@ def test_target_that_exists(zoo: Zoo, tmp_path: Path) -> None:
     pack_checkpoint(zoo.latents("llama"), target)
     with pytest.raises(CheckpointError, match=r"exists.*--overwrite"):
         pack_checkpoint(zoo.latents("qwen3"), target)
-    assert fingerprint_packed(target) == fingerprint_model(zoo.models["llama"])
+    assert PackedCheckpoint(target).fingerprint() == fingerprint_model(zoo.models["llama"])
     pack_checkpoint(zoo.latents("qwen3"), target, overwrite=True)
-    assert fingerprint_packed(target) == fingerprint_model(zoo.models["qwen3"])
+    assert PackedCheckpoint(target).fingerprint() == fingerprint_model(zoo.models["qwen3"])
     assert left_in(tmp_path) == ["packed"]
 
 
@@ -523,7 +524,7 @@ def test_check_sees_the_whole_folder_before_it_has_its_name(zoo: Zoo, tmp_path: 
 
     def check(work: Path) -> None:
         assert not target.exists() and work.parent == tmp_path
-        assert fingerprint_packed(work) == fingerprint_model(zoo.models["llama"])
+        assert PackedCheckpoint(work).fingerprint() == fingerprint_model(zoo.models["llama"])
         seen.append(left_in(work))
         if len(seen) == 1:
             raise ZeroDivisionError
@@ -584,4 +585,4 @@ def test_packing_needs_little_memory(tmp_path: Path) -> None:
     assert peak < 2 * largest + 300 * 2**20
     assert peak < total / 2
     expected, _ = ternarize(matrix)
-    assert torch.equal(read_packed(tmp_path / "packed")[layers[-1]]()[0], expected)
+    assert torch.equal(PackedCheckpoint(tmp_path / "packed").codes(layers[-1])[0], expected)

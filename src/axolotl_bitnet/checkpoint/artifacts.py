@@ -12,7 +12,7 @@ from typing import Any
 
 from ..fingerprint import Fingerprint
 from .latent import LatentCheckpoint
-from .packed import fingerprint_packed, pack_checkpoint
+from .packed import PackedCheckpoint, pack_checkpoint
 from .stream import INDEX, write_json
 from .verify import RUN_FILE, VerificationError, VerificationReport, compare
 
@@ -91,7 +91,7 @@ def finish_run(
                 folder,
                 folder / PACKED,
                 overwrite=True,
-                check=(lambda work: check(fingerprint_packed(work), PACKED)) if verify else None,
+                check=(lambda work: check(PackedCheckpoint(work).fingerprint(), PACKED)) if verify else None,
             )
             record["artifacts"].setdefault(PACKED, {"verified": None})
             record["artifacts"][PACKED] |= {"path": PACKED, "bytes": weight_bytes(folder / PACKED)}

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..convert import CONFIG_KEY, Plan
 from ..fingerprint import Fingerprint, TensorFingerprint, digest_rows, merge_digests
 from ..ternary import abs_sum, absmean, codes_of, scale_of
+from .source import TernaryCheckpoint, read_plan
 from .stream import CheckpointError, CheckpointReader, read_json
 
 COMPANIONS = (
@@ -39,23 +38,7 @@ MERGED = "merged"
 """Where Axolotl merges sharded weights, below the output folder."""
 
 
-def read_plan(config: dict[str, Any], where: str | Path) -> Plan:
-    """Names of a checkpoint's ternary and dense linear layers, as conversion wrote them into its config.
-
-    Raises:
-        CheckpointError: the config has none, so the checkpoint was not trained with BitLinear layers of this
-        package.
-    """
-    entry = config.get(CONFIG_KEY)
-    if not isinstance(entry, dict) or not entry.get("converted"):
-        raise CheckpointError(
-            f"{where} does not say which layers are ternary (no '{CONFIG_KEY}' key): it was not trained by "
-            "axolotl-bitnet. Load it, call convert_to_bitlinear(model) and save it again"
-        )
-    return Plan(list(entry["converted"]), list(entry.get("dense", [])), dict(entry.get("saved_as", {})))
-
-
-class LatentCheckpoint:
+class LatentCheckpoint(TernaryCheckpoint):
     """A folder of latents, read tensor by tensor.
 
     Axolotl's merge-sharded-fsdp-weights writes nothing but weights, into ``output_dir/merged``: their config
@@ -72,11 +55,10 @@ class LatentCheckpoint:
         self.config = read_json(self.companions / "config.json")
         self.names = read_plan(self.config, self.companions / "config.json")
         self.reader = CheckpointReader(self.folder)
-        self.keys = {
-            name: f"{self.names.stem(name, self.reader.entries)}.weight" for name in self.names.converted
-        }
+        self.entries = self.reader.entries
+        self.keys = {name: f"{self.names.stem(name, self.entries)}.weight" for name in self.names.converted}
         for key in self.keys.values():
-            entry = self.reader.entries.get(key)
+            entry = self.entries.get(key)
             if entry is None:
                 raise CheckpointError(f"{self.folder} has no '{key}', which its config lists as ternary")
             if not entry.dtype.is_floating_point or len(entry.shape) != 2:
@@ -90,22 +72,24 @@ class LatentCheckpoint:
         total = sum(
             (abs_sum(block) for block in self.reader.row_blocks(key)), torch.zeros((), dtype=torch.float64)
         )
-        rows, columns = self.reader.entries[key].shape
+        rows, columns = self.entries[key].shape
         return absmean(total, rows * columns)
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
-        """``(codes, s)`` of a layer: int8 (rows, columns) and bfloat16 (1,)."""
         key = self.keys[name]
         g = self.absmean(name)
-        codes = torch.empty(self.reader.entries[key].shape, dtype=torch.int8)
+        codes = torch.empty(self.entries[key].shape, dtype=torch.int8)
         row = 0
         for block in self.reader.row_blocks(key):
             codes[row : row + block.shape[0]] = codes_of(block, g)
             row += block.shape[0]
         return codes, scale_of(g)
 
+    def tensor(self, key: str) -> Tensor:
+        return self.reader.tensor(key)
+
     def fingerprint(self) -> Fingerprint:
-        """Fingerprint of what these latents quantize to."""
+        """Fingerprint of what these latents quantize to, by blocks of rows."""
         tensors = {}
         for name in self.names.converted:
             key, g = self.keys[name], self.absmean(name)
@@ -115,7 +99,7 @@ class LatentCheckpoint:
                 digests.append(digest_rows(codes, first_row=row))
                 zeros += codes.numel() - int(codes.count_nonzero())
                 row += block.shape[0]
-            rows, columns = self.reader.entries[key].shape
+            rows, columns = self.entries[key].shape
             digest = f"{merge_digests(digests):016x}"
             tensors[name] = TensorFingerprint((rows, columns), digest, float(scale_of(g)), zeros)
         return Fingerprint(tensors)

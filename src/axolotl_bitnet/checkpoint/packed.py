@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..convert import Plan
-from ..fingerprint import Fingerprint, fingerprint_codes
 from ..ops import pack_codes, unpack_codes
 from ..plain import ROWS_PER_BYTE
-from .latent import LatentCheckpoint, copy_companions, read_plan
+from .latent import LatentCheckpoint, copy_companions
+from .source import TernaryCheckpoint, read_plan
 from .stream import (
     SINGLE,
     CheckpointError,
@@ -62,7 +61,7 @@ def pack_checkpoint(
         raise CheckpointError(f"{dst} would replace the latents in {src}: name another folder")
     ternary = {key: name for name, key in latents.keys.items()}
     entries: list[Entry] = []
-    for entry in latents.reader.entries.values():
+    for entry in latents.entries.values():
         if entry.name in ternary:
             rows, columns = entry.shape
             if rows % ROWS_PER_BYTE:
@@ -77,7 +76,7 @@ def pack_checkpoint(
 
     with whole_folder(dst, overwrite) as work:
         with SafetensorsWriter(work / SINGLE, entries) as writer:
-            for name, entry in latents.reader.entries.items():
+            for name, entry in latents.entries.items():
                 if name in ternary:
                     codes, scale = latents.codes(ternary[name])
                     if not bool(torch.isfinite(scale)):
@@ -87,9 +86,9 @@ def pack_checkpoint(
                     writer.write(name, pack_codes(codes))
                     writer.write(f"{name}_scale", scale)
                 elif entry.dtype.is_floating_point:
-                    writer.write(name, latents.reader.tensor(name).to(torch.bfloat16))
+                    writer.write(name, latents.tensor(name).to(torch.bfloat16))
                 else:
-                    writer.write(name, latents.reader.tensor(name))
+                    writer.write(name, latents.tensor(name))
         write_json(work / "config.json", packed_config(latents.config, latents.names))
         copy_companions(latents.companions, work)
         if check is not None:
@@ -127,39 +126,49 @@ def _in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
     return kept | inside | {"dtype": "bfloat16"}
 
 
-def read_packed(folder: str | Path) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
-    """The ternary layers of a packed folder: by name, a function that reads ``(codes, s)``.
+class PackedCheckpoint(TernaryCheckpoint):
+    """A packed folder, read back tensor by tensor.
 
     Raises:
         CheckpointError: the folder is not packed as :func:`pack_checkpoint` does it.
     """
-    folder = Path(folder)
-    config = read_json(folder / "config.json")
-    quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") != "bitnet" or quantization.get("linear_class") != "bitlinear":
-        raise CheckpointError(
-            f"{folder / 'config.json'} is not a packed model's (quant_method bitnet, linear_class bitlinear)"
-        )
-    reader = CheckpointReader(folder)
-    names = read_plan(config, folder / "config.json")
 
-    stems = {name: names.stem(name, reader.entries) for name in names.converted}
-
-    def load(stem: str) -> tuple[Tensor, Tensor]:
-        return unpack_codes(reader.tensor(f"{stem}.weight")), reader.tensor(f"{stem}.weight_scale")
-
-    for name, stem in stems.items():
-        entry, scale = reader.entries.get(f"{stem}.weight"), reader.entries.get(f"{stem}.weight_scale")
-        if entry is None or entry.dtype != torch.uint8 or scale is None or scale.shape != (1,):
+    def __init__(self, folder: str | Path):
+        self.folder = self.companions = Path(folder)
+        config = read_json(self.folder / "config.json")
+        quantization = config.pop("quantization_config", None) or {}
+        if quantization.get("quant_method") != "bitnet" or quantization.get("linear_class") != "bitlinear":
             raise CheckpointError(
-                f"{folder}: layer '{name}' is not packed (a uint8 weight, and a weight_scale of shape [1])"
+                f"{self.folder / 'config.json'} is not a packed model's (quant_method bitnet, linear_class "
+                "bitlinear)"
             )
-    return {name: partial(load, stem) for name, stem in stems.items()}
+        self.config = config
+        self.names = read_plan(config, self.folder / "config.json")
+        self._reader = CheckpointReader(self.folder)
+        stored = self._reader.entries
+        self.keys = {name: f"{self.names.stem(name, stored)}.weight" for name in self.names.converted}
+        ternary = set(self.keys.values())
+        for name, key in self.keys.items():
+            entry, scale = stored.get(key), stored.get(f"{key}_scale")
+            if entry is None or entry.dtype != torch.uint8 or scale is None or scale.shape != (1,):
+                raise CheckpointError(
+                    f"{self.folder}: layer '{name}' is not packed (a uint8 weight, and a weight_scale of "
+                    "shape [1])"
+                )
+        self.entries = {
+            key: Entry(key, torch.bfloat16, (entry.shape[0] * ROWS_PER_BYTE, entry.shape[1]))
+            if key in ternary
+            else entry
+            for key, entry in stored.items()
+            if key.removesuffix("_scale") not in ternary or key in ternary
+        }
 
+    def codes(self, name: str) -> tuple[Tensor, Tensor]:
+        key = self.keys[name]
+        return unpack_codes(self._reader.tensor(key)), self._reader.tensor(f"{key}_scale")
 
-def fingerprint_packed(folder: str | Path) -> Fingerprint:
-    """Fingerprint of a packed folder's codes and scales, read back from its bytes."""
-    return Fingerprint({name: fingerprint_codes(*load()) for name, load in read_packed(folder).items()})
+    def tensor(self, key: str) -> Tensor:
+        return self._reader.tensor(key)
 
 
 def _exclusions(names: Plan) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..fingerprint import Fingerprint
 from .latent import LatentCheckpoint
-from .packed import fingerprint_packed
+from .packed import PackedCheckpoint
 from .stream import CheckpointError, read_json
 
 RUN_FILE = "bitnet.json"
@@ -79,7 +79,7 @@ def verify_checkpoint(artifact: str | Path, reference: str | Path | Fingerprint)
     Raises:
         CheckpointError: either cannot be read.
     """
-    return compare(fingerprint_packed(artifact), read_reference(reference))
+    return compare(PackedCheckpoint(artifact).fingerprint(), read_reference(reference))
 
 
 def read_reference(reference: str | Path | Fingerprint) -> Fingerprint:

@@ -1,0 +1,65 @@
+"""What every artifact is written from, and read back as: the ternary layers as codes and scales, all other
+tensors as they are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..convert import CONFIG_KEY, Plan
+from ..fingerprint import Fingerprint, fingerprint_codes
+from .stream import CheckpointError, Entry
+
+
+class TernaryCheckpoint(ABC):
+    """A stored ternary model, whatever its format; one tensor at a time.
+
+    Attributes:
+        folder: where the weights are.
+        companions: where config.json, tokenizer and the like are.
+        config: config.json of the *trained* model: with the list of ternary layers, without what a format
+            adds.
+        names: that list.
+        keys: by layer name, the name of its weight in :attr:`entries`.
+        entries: all tensors of the model, sorted by name. Ternary weights have their matrix's shape (rows,
+            columns) whatever the format makes of it; scales are not among them.
+    """
+
+    folder: Path
+    companions: Path
+    config: dict[str, Any]
+    names: Plan
+    keys: Mapping[str, str]
+    entries: Mapping[str, Entry]
+
+    @abstractmethod
+    def codes(self, name: str) -> tuple[Tensor, Tensor]:
+        """``(codes, s)`` of a layer: int8 (rows, columns) and bfloat16 (1,), on the CPU."""
+
+    @abstractmethod
+    def tensor(self, key: str) -> Tensor:
+        """A tensor that is not ternary, whole, in its stored dtype, on the CPU."""
+
+    def fingerprint(self) -> Fingerprint:
+        """Fingerprint of the codes and scales, read from what is stored."""
+        return Fingerprint({name: fingerprint_codes(*self.codes(name)) for name in self.names.converted})
+
+
+def read_plan(config: Mapping[str, Any], where: str | Path) -> Plan:
+    """Names of a checkpoint's ternary and dense linear layers, as conversion wrote them into its config.
+
+    Raises:
+        CheckpointError: the config has none, so the checkpoint was not trained with BitLinear layers of this
+        package.
+    """
+    entry = config.get(CONFIG_KEY)
+    if not isinstance(entry, dict) or not entry.get("converted"):
+        raise CheckpointError(
+            f"{where} does not say which layers are ternary (no '{CONFIG_KEY}' key): it was not trained by "
+            "axolotl-bitnet. Load it, call convert_to_bitlinear(model) and save it again"
+        )
+    return Plan(list(entry["converted"]), list(entry.get("dense", [])), dict(entry.get("saved_as", {})))

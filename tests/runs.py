@@ -89,9 +89,11 @@ def prepare(settings: dict[str, Any]) -> tuple[Any, Any]:
     """Load a config and its data as `axolotl train` does, which writes the prepared data to disk."""
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets, load_preference_datasets
+    from axolotl.integrations.base import PluginManager
     from axolotl.utils.dict import DictDefault
 
     cfg = load_cfg(DictDefault(settings))
+    PluginManager.get_instance().load_datasets(cfg, preprocess=False)
     return cfg, load_preference_datasets(cfg=cfg) if cfg.rl else load_datasets(cfg=cfg)
 
 

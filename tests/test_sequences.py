@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from runs import TINY, config, train
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.nn.functional import all_gather as gather_with_gradients
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from axolotl_bitnet.bitlinear import BitLinear
 from axolotl_bitnet.convert import convert_to_bitlinear
@@ -58,3 +63,73 @@ def test_axolotl_trains_packed_samples(tmp_path: Path) -> None:
     assert all(int((positions == 0).sum()) > 4 for positions in seen[:3])  # many samples a row
     assert len(run.losses) == 3
     assert '"verified": true' in (tmp_path / "out" / "bitnet.json").read_text()
+
+
+def attend_over_all(
+    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of this process's part of the queries to the keys and values of all processes."""
+    start = 0
+    if dist.is_initialized():
+        start = dist.get_rank() * q.shape[2]
+        k, v = (torch.cat(gather_with_gradients(part.contiguous()), dim=2) for part in (k, v))
+    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    later = torch.arange(k.shape[2]) > start + torch.arange(q.shape[2])[:, None]
+    return (scores.masked_fill(later, float("-inf")).softmax(-1) @ v).transpose(1, 2), None
+
+
+def context_parallel_run(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Two steps of a ternary Llama on rows of which every process holds a stretch."""
+    AttentionInterface.register("over_all", attend_over_all)
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+            num_key_value_heads=2, attn_implementation="over_all", use_cache=False,
+        )
+    )  # fmt: skip
+    convert_to_bitlinear(model)
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    length = (ids.shape[1] - 1) // world
+    stretch = slice(rank * length, (rank + 1) * length)
+    positions = torch.arange(ids.shape[1] - 1)[None, stretch]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    seen: dict[str, torch.Tensor] = {}
+    for step in range(2):
+        logits = model(ids[:, :-1][:, stretch], position_ids=positions).logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:][:, stretch].flatten()) / world
+        loss.backward()
+        seen[f"loss{step}"] = loss.detach().clone()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            if world > 1:
+                dist.all_reduce(parameter.grad)
+            seen[f"{step}.{name}"] = parameter.grad.clone()
+        if world > 1:
+            dist.all_reduce(seen[f"loss{step}"])
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+def context_parallel_process(rank: int, store: str, ids: torch.Tensor, out: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    seen = context_parallel_run(ids)
+    if rank == 0:
+        save_file(seen, out)
+    dist.destroy_process_group()
+
+
+def test_rows_shared_by_two_processes(tmp_path: Path) -> None:
+    """Context parallelism, keys and values gathered instead of passed round a ring: the same gradients."""
+    ids = torch.randint(64, (2, 25))
+    whole = context_parallel_run(ids)
+    arguments = (str(tmp_path / "store"), ids, str(tmp_path / "seen.safetensors"))
+    torch.multiprocessing.spawn(context_parallel_process, arguments, nprocs=2)
+    shared = load_file(tmp_path / "seen.safetensors")
+    assert shared.keys() == whole.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(shared[name], tensor, rtol=2e-4, atol=2e-6, msg=name)

@@ -1,4 +1,4 @@
-"""Layouts over several GPUs that are refused, each with its reason."""
+"""Layouts over several GPUs: what is refused, each with its reason, and what Axolotl needs help with."""
 
 from __future__ import annotations
 
@@ -48,6 +48,19 @@ def fsdp_refusals(cfg: Mapping[str, Any]) -> list[str]:
             "into one: their group would be empty. Use scope `all`, or set `fsdp_version: 2`"
         )
     return found
+
+
+def connect_for_offload(cfg: Any) -> None:
+    """Under FSDP2 with `offload_params`, connect the processes for CPU tensors too.
+
+    Axolotl's device mesh would connect them for GPUs only, and clipping gradients that lie on CPUs would fail
+    ("No backend type associated with device type cpu"), with dense models too. Accelerate's state, made
+    before it, knows from the environment that Axolotl has set by now.
+    """
+    if str(cfg.fsdp_version) == "2" and cfg.fsdp_config and cfg.fsdp_config.offload_params:
+        from axolotl.utils.distributed import init_distributed_state
+
+        init_distributed_state()
 
 
 def _deepspeed_refusals(cfg: Mapping[str, Any]) -> list[str]:

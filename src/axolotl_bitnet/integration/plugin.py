@@ -28,6 +28,7 @@ from .args import BitNetConfig
 from .base_model import check_base, holds_latents, local_folder
 from .commands import refuse_dense_reference
 from .hub import Repository, published, repository_of
+from .layouts import connect_for_offload
 from .references import key_precomputed_references, refuse_dense_judges, settle_reference
 from .resume import (
     TernaryRun,
@@ -57,6 +58,11 @@ class BitNetPlugin(BasePlugin):
 
     def get_input_args(self) -> str:
         return "axolotl_bitnet.integration.args.BitNetArgs"
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Loads none: it is the last hook before Axolotl connects the processes."""
+        if cfg.use_onebitllms and not preprocess:
+            connect_for_offload(cfg)
 
     def pre_model_load(self, cfg: Any) -> None:
         if not cfg.use_onebitllms:

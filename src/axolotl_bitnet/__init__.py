@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bitlinear import BitLinear
     from .checkpoint.packed import pack_checkpoint
-    from .checkpoint.verify import VerificationReport, verify_checkpoint
+    from .checkpoint.verdict import VerificationReport
+    from .checkpoint.verify import verify_checkpoint
     from .convert import convert_to_bitlinear
     from .integration.plugin import BitNetPlugin
     from .ternary import quantize_activations, ternarize
@@ -23,7 +24,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BitLinear": "bitlinear",
     "BitNetPlugin": "integration.plugin",
-    "VerificationReport": "checkpoint.verify",
+    "VerificationReport": "checkpoint.verdict",
     "convert_to_bitlinear": "convert",
     "pack_checkpoint": "checkpoint.packed",
     "quantize_activations": "ternary",

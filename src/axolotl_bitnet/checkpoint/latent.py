@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..fingerprint import Fingerprint, TensorFingerprint, digest_rows, merge_digests
 from ..ternary import abs_sum, absmean, codes_of, scale_of
+from .progress import begin
 from .source import TernaryCheckpoint, read_plan
 from .stream import CheckpointError, CheckpointReader, read_json
 
@@ -91,6 +92,7 @@ class LatentCheckpoint(TernaryCheckpoint):
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of what these latents quantize to, by blocks of rows."""
         tensors = {}
+        advance = begin("reading codes", sum(self.entries[key].nbytes for key in self.keys.values()))
         for name in self.names.converted:
             key, g = self.keys[name], self.absmean(name)
             digests, zeros, row = [], 0, 0
@@ -102,6 +104,7 @@ class LatentCheckpoint(TernaryCheckpoint):
             rows, columns = self.entries[key].shape
             digest = f"{merge_digests(digests):016x}"
             tensors[name] = TensorFingerprint((rows, columns), digest, float(scale_of(g)), zeros)
+            advance(self.entries[key].nbytes)
         return Fingerprint(tensors)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..convert import CONFIG_KEY, Plan
 from ..fingerprint import Fingerprint, fingerprint_codes
+from .progress import begin
 from .stream import CheckpointError, Entry
 
 
@@ -27,6 +28,8 @@ class TernaryCheckpoint(ABC):
         keys: by layer name, the name of its weight in :attr:`entries`.
         entries: all tensors of the model, sorted by name. Ternary weights have their matrix's shape (rows,
             columns) whatever the format makes of it; scales are not among them.
+        whole_config: whether the format keeps all of config.json, and the tokenizer's files.
+        rounding: what the format does to tensors that are not ternary, in words.
     """
 
     folder: Path
@@ -35,6 +38,8 @@ class TernaryCheckpoint(ABC):
     names: Plan
     keys: Mapping[str, str]
     entries: Mapping[str, Entry]
+    whole_config: bool = True
+    rounding: str = "rounded to the stored dtype"
 
     @abstractmethod
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
@@ -44,9 +49,18 @@ class TernaryCheckpoint(ABC):
     def tensor(self, key: str) -> Tensor:
         """A tensor that is not ternary, whole, in its stored dtype, on the CPU."""
 
+    def as_stored(self, key: str, tensor: Tensor) -> Tensor:
+        """What :meth:`tensor` reads when ``tensor``, which is not ternary, was written in this format."""
+        return tensor.to(self.entries[key].dtype)
+
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of the codes and scales, read from what is stored."""
-        return Fingerprint({name: fingerprint_codes(*self.codes(name)) for name in self.names.converted})
+        advance = begin("reading codes", sum(self.entries[key].nbytes for key in self.keys.values()))
+        tensors = {}
+        for name in self.names.converted:
+            tensors[name] = fingerprint_codes(*self.codes(name))
+            advance(self.entries[self.keys[name]].nbytes)
+        return Fingerprint(tensors)
 
 
 def read_plan(config: Mapping[str, Any], where: str | Path) -> Plan:

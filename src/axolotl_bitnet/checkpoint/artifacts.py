@@ -13,13 +13,15 @@ from typing import Any
 from ..fingerprint import Fingerprint
 from .formats import FOLDERS, FORMATS, Format
 from .latent import LatentCheckpoint
-from .stream import INDEX, write_json
+from .stream import INDEX, CheckpointError, read_json, write_json
 from .verify import RUN_FILE, VerificationError, VerificationReport, compare
 
 PACKED = "packed"
 _ASIDE = "_previous"  # uploads to a hub leave out names that begin with an underscore
 _FOLDERS = "|".join(FOLDERS)
-_LEFTOVER = re.compile(rf"{_ASIDE}(-\d+)?|\.({_FOLDERS})\.(partial|old)-.*")  # or of a writing that was killed
+_LEFTOVER = re.compile(
+    rf"{_ASIDE}(-\d+)?|\.({_FOLDERS})\.(partial|old)-.*"
+)  # or of a writing that was killed
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 
@@ -122,6 +124,15 @@ def finish_run(
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
     return report
+
+
+def made_in(output_dir: str | Path) -> dict[str, int]:
+    """The artifacts of a run that are in place, and their sizes in bytes, as ``bitnet.json`` has them."""
+    try:
+        artifacts = read_json(Path(output_dir) / RUN_FILE)["artifacts"]
+    except CheckpointError:
+        return {}
+    return {name: entry["bytes"] for name, entry in artifacts.items() if "path" in entry}
 
 
 def weight_bytes(path: str | Path) -> int:

@@ -27,6 +27,7 @@ class Format:
         name: what `bitnet.export` and `bitnet.json` call it.
         path: where a run puts it, below its output folder: a folder, or a file in one.
         title: what it is, in a few words.
+        command: what writes it, after ``axolotl bitnet``.
         module: the module of this package that knows it.
         writer: its function ``(src, dst, overwrite=False, check=None, **options)``.
         reader: its class, a :class:`TernaryCheckpoint`.
@@ -36,6 +37,7 @@ class Format:
     name: str
     path: str
     title: str
+    command: str
     module: str
     writer: str
     reader: str
@@ -72,13 +74,14 @@ FORMATS: dict[str, Format] = {
     entry.name: entry
     for entry in (
         Format(
-            "packed", "packed", "packed, 2 bits a weight", "packed", "pack_checkpoint", "PackedCheckpoint"
+            "packed", "packed", "2 bits a weight", "pack", "packed", "pack_checkpoint", "PackedCheckpoint"
         ),
         *(
             Format(
                 f"gguf-{kind}",
                 f"gguf/model-{kind.upper()}.gguf",
                 f"GGUF, {kind.upper()}",
+                f"gguf --type {kind}",
                 "gguf",
                 "export_gguf",
                 "GGUFCheckpoint",
@@ -86,9 +89,9 @@ FORMATS: dict[str, Format] = {
             )
             for kind in ("tq2_0", "tq1_0")
         ),
-        Format("dense", "dense", "dense bfloat16", "dense", "revert_checkpoint", "DenseCheckpoint"),
-        Format("mlx", "mlx", "MLX, 2-bit affine", "mlx", "export_mlx", "MLXCheckpoint"),
-        Format("w8a8", "w8a8", "compressed-tensors W8A8", "w8a8", "export_w8a8", "W8A8Checkpoint"),
+        Format("dense", "dense", "dense bfloat16", "revert", "dense", "revert_checkpoint", "DenseCheckpoint"),
+        Format("mlx", "mlx", "MLX, 2-bit affine", "mlx", "mlx", "export_mlx", "MLXCheckpoint"),
+        Format("w8a8", "w8a8", "compressed-tensors W8A8", "w8a8", "w8a8", "export_w8a8", "W8A8Checkpoint"),
     )
 }
 """By name, in the order in which a run makes them."""

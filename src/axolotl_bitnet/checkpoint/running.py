@@ -95,7 +95,7 @@ def _generate(model: nn.Module, batches: list[Tensor]) -> list[Outputs]:
 
 @torch.no_grad()
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(ids, use_cache=False).logits[0].to(torch.float32)  # type: ignore[no-any-return]
+    return model(ids, use_cache=False).logits[0].to(torch.float32)
 
 
 def _against(outputs: list[Outputs], model: nn.Module, exact: bool) -> Iterator[Check]:
@@ -143,7 +143,7 @@ def _load(checkpoint: TernaryCheckpoint, dtype: torch.dtype) -> nn.Module:
     gc.collect()  # the model before this one
     with torch.compiler.set_stance("force_eager"):  # transformers compiles its unpacking
         model = kind.from_pretrained(checkpoint.folder, config=config, dtype=dtype, local_files_only=True)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def _eager(model: nn.Module) -> nn.Module:
@@ -154,7 +154,7 @@ def _eager(model: nn.Module) -> nn.Module:
         with torch.compiler.set_stance("force_eager"):
             return forward(*args, **kwargs)
 
-    model.forward = uncompiled  # type: ignore[method-assign]
+    model.forward = uncompiled
     return model
 
 

@@ -70,30 +70,30 @@ class Format:
         return cast(TernaryCheckpoint, reader(path))
 
 
-FORMATS: dict[str, Format] = {
-    entry.name: entry
-    for entry in (
-        Format(
-            "packed", "packed", "2 bits a weight", "pack", "packed", "pack_checkpoint", "PackedCheckpoint"
-        ),
-        *(
-            Format(
-                f"gguf-{kind}",
-                f"gguf/model-{kind.upper()}.gguf",
-                f"GGUF, {kind.upper()}",
-                f"gguf --type {kind}",
-                "gguf",
-                "export_gguf",
-                "GGUFCheckpoint",
-                {"type": kind},
-            )
-            for kind in ("tq2_0", "tq1_0")
-        ),
-        Format("dense", "dense", "dense bfloat16", "revert", "dense", "revert_checkpoint", "DenseCheckpoint"),
-        Format("mlx", "mlx", "MLX, 2-bit affine", "mlx", "mlx", "export_mlx", "MLXCheckpoint"),
-        Format("w8a8", "w8a8", "compressed-tensors W8A8", "w8a8", "w8a8", "export_w8a8", "W8A8Checkpoint"),
+def _gguf(kind: str) -> Format:
+    name = kind.upper()
+    return Format(
+        f"gguf-{kind}",
+        f"gguf/model-{name}.gguf",
+        f"GGUF, {name}",
+        f"gguf --type {kind}",
+        "gguf",
+        "export_gguf",
+        "GGUFCheckpoint",
+        {"type": kind},
     )
-}
+
+
+_ALL = (
+    Format("packed", "packed", "2 bits a weight", "pack", "packed", "pack_checkpoint", "PackedCheckpoint"),
+    _gguf("tq2_0"),
+    _gguf("tq1_0"),
+    Format("dense", "dense", "dense bfloat16", "revert", "dense", "revert_checkpoint", "DenseCheckpoint"),
+    Format("mlx", "mlx", "2 bits, for MLX", "mlx", "mlx", "export_mlx", "MLXCheckpoint"),
+    Format("w8a8", "w8a8", "compressed-tensors W8A8", "w8a8", "w8a8", "export_w8a8", "W8A8Checkpoint"),
+)
+
+FORMATS: dict[str, Format] = {entry.name: entry for entry in _ALL}
 """By name, in the order in which a run makes them."""
 
 FOLDERS = tuple(dict.fromkeys(entry.folder for entry in FORMATS.values()))
@@ -113,6 +113,8 @@ def open_checkpoint(path: str | Path) -> TernaryCheckpoint:
     if (file := _gguf_in(path)) is not None:
         return FORMATS["gguf-tq2_0"].open(file)  # either type: the file says which
     if not path.is_dir():
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist")
         raise CheckpointError(f"{path} is neither a folder with a model nor a GGUF file")
     kind = _kind(read_json(path / "config.json")) if (path / "config.json").exists() else None
     return LatentCheckpoint(path) if kind is None else FORMATS[kind].open(path)

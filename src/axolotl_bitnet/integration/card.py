@@ -36,10 +36,9 @@ def write_card(output_dir: str | Path, artifacts: Sequence[str], repository: str
     written = path.read_text(encoding="utf-8") if path.exists() else _EMPTY
     card = ModelCard(_OURS.sub("\n", written), ignore_metadata_errors=True)
     if artifacts:
-        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *_TAGS]))
-        card.text = (
-            f"{card.text.rstrip()}\n\n{_BEGIN}\n{_section(Path(output_dir), artifacts, repository)}\n{_END}\n"
-        )
+        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *_TAGS]))
+        section = _section(Path(output_dir), artifacts, repository)
+        card.text = f"{card.text.rstrip()}\n\n{_BEGIN}\n{section}\n{_END}\n"
     card.save(path)
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from ..convert import CONFIG_KEY
 from .latent import LatentCheckpoint
-from .source import TernaryCheckpoint
+from .source import TernaryCheckpoint, is_dense
 from .stream import CheckpointError, read_json
 
 Check = Callable[[Path], None]
@@ -101,7 +101,7 @@ FOLDERS = tuple(dict.fromkeys(entry.folder for entry in FORMATS.values()))
 
 
 def open_checkpoint(path: str | Path) -> TernaryCheckpoint:
-    """A ternary model of any format that this package writes.
+    """A ternary model of any format that this package writes, or a packed one of others.
 
     Args:
         path: a folder (latents, as training saves them, or an artifact), a GGUF file, or a folder with one.
@@ -117,6 +117,10 @@ def open_checkpoint(path: str | Path) -> TernaryCheckpoint:
             raise CheckpointError(f"{path} does not exist")
         raise CheckpointError(f"{path} is neither a folder with a model nor a GGUF file")
     kind = _kind(read_json(path / "config.json")) if (path / "config.json").exists() else None
+    if kind == "foreign":
+        from .foreign import ForeignPackedCheckpoint
+
+        return ForeignPackedCheckpoint(path)
     return LatentCheckpoint(path) if kind is None else FORMATS[kind].open(path)
 
 
@@ -138,11 +142,12 @@ def _gguf_in(path: Path) -> Path | None:
 
 
 def _kind(config: Mapping[str, Any]) -> str | None:
-    """The format that a config.json speaks of; None for latents."""
+    """The format that a config.json speaks of: one of ours, packed by others ("foreign"), or None: latents."""
     method = config.get("quantization_config")
     if isinstance(method, dict):
-        return "w8a8" if method.get("quant_method") == "compressed-tensors" else "packed"
+        if method.get("quant_method") == "compressed-tensors":
+            return "w8a8"
+        return "packed" if CONFIG_KEY in config else "foreign"
     if isinstance(config.get("quantization"), dict):
         return "mlx"
-    entry = config.get(CONFIG_KEY)
-    return "dense" if isinstance(entry, dict) and entry.get("format") == "dense" else None
+    return "dense" if is_dense(config) else None

@@ -15,6 +15,11 @@ from ..fingerprint import Fingerprint, fingerprint_codes
 from .progress import begin
 from .stream import CheckpointError, Entry
 
+FORMAT = "format"
+"""Beside the list of ternary layers in config.json: how they are stored, where nothing else says it."""
+
+DENSE = "dense"
+
 
 class TernaryCheckpoint(ABC):
     """A stored ternary model, whatever its format; one tensor at a time.
@@ -77,3 +82,9 @@ def read_plan(config: Mapping[str, Any], where: str | Path) -> Plan:
             "axolotl-bitnet. Load it, call convert_to_bitlinear(model) and save it again"
         )
     return Plan(list(entry["converted"]), list(entry.get("dense", [])), dict(entry.get("saved_as", {})))
+
+
+def is_dense(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that its ternary layers are stored as ``codes / s``."""
+    entry = config.get(CONFIG_KEY)
+    return isinstance(entry, Mapping) and entry.get(FORMAT) == DENSE

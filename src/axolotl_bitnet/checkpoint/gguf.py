@@ -1,8 +1,8 @@
 """GGUF files for llama.cpp: written directly from the codes, and read back as codes.
 
 Ternary layers are TQ2_0 (2.06 bits a weight) or TQ1_0 (1.69), with the fp16 reciprocal of the scale that
-trained in every block; norms and biases are float32, as llama.cpp wants them; everything else bfloat16, unless
-asked otherwise. Nothing is quantized again, so the codes in the file are the trained ones, and so is s
+trained in every block; norms and biases are float32, as llama.cpp wants them; everything else is bfloat16,
+unless asked otherwise. Nothing is quantized again, so the codes in the file are the trained ones, and so is s
 (:mod:`.gguf_blocks`). The config of the trained model lies in the metadata: files written here are read back
 whole.
 """
@@ -121,7 +121,7 @@ def _plan(
             continue
         if key not in known:
             raise CheckpointError(
-                f"{where}: llama.cpp has no place for '{key}' in a model of the {architecture.ggml} architecture"
+                f"{where}: llama.cpp has no place for '{key}' in a {architecture.ggml} model"
             )
         name, shape = known[key]
         if entry.shape != shape:

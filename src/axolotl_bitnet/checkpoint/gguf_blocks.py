@@ -1,15 +1,15 @@
 """Ternary codes as llama.cpp's TQ2_0 and TQ1_0 blocks, and back.
 
 A block holds 256 codes of a row, plus one (0, 1, 2), and last an fp16 scale ``d`` by which llama.cpp
-multiplies: ``d = fp16(1 / s)``, the same in every block of a tensor. ``s`` comes back as ``bf16(1 / d)``: fp16
-has three bits more than bfloat16, and where it has fewer (below 2^-14, a mean weight of 6e-5) the inner
-rounding of ``s = bf16(1 / bf16(g))`` makes up for it. That holds for every s of the definition whose g is below
-65504.
+multiplies: ``d = fp16(1 / s)``, the same in every block of a tensor. ``s`` comes back as ``bf16(1 / d)``:
+fp16 has three bits more than bfloat16, and where it has fewer (below 2^-14, a mean weight of 6e-5) the inner
+rounding of ``s = bf16(1 / bf16(g))`` makes up for it. That holds for every s of the definition whose g fp16
+can hold, that is up to 65504.
 
-TQ2_0 (66 bytes): two groups of 128 codes; byte m of a group holds codes m, m + 32, m + 64 and m + 96 at bits 0,
-2, 4 and 6.
-TQ1_0 (54 bytes): byte m holds five codes as digits to base 3, the first the highest; codes lie 32 apart in the
-first 160, 16 apart in the next 80, and the last 16 fill four bytes of four digits, 4 apart. The number is
+TQ2_0 (66 bytes): two groups of 128 codes; byte m of a group holds codes m, m + 32, m + 64 and m + 96 at bits
+0, 2, 4 and 6.
+TQ1_0 (54 bytes): byte m holds five codes as digits to base 3, the first the highest; codes lie 32 apart in
+the first 160, 16 apart in the next 80, and the last 16 fill four bytes of four digits, 4 apart. The number is
 stored as ``ceil(number * 256 / 243)``, so that a multiplication by 3 shifts the next digit into bit 8.
 """
 

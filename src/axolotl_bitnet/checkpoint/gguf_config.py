@@ -13,8 +13,8 @@ def rebuild_config(header: Header) -> dict[str, Any]:
     """A config.json from a file's metadata, as far as llama.cpp keeps it.
 
     Raises:
-        CheckpointError: the architecture is unknown, a size is missing, or RoPE is scaled as in Llama 3, whose
-            parameters llama.cpp does not keep.
+        CheckpointError: the architecture is unknown, a size is missing, or RoPE is scaled as in Llama 3,
+            whose parameters llama.cpp does not keep.
     """
     metadata, tensors = header.metadata, header.tensors
     name = metadata.get("general.architecture")

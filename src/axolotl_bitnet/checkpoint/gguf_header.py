@@ -27,7 +27,7 @@ _MOST = 1 << 24  # entries of one array, metadata keys, tensors: beyond it a fil
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in the file: its type's number, its shape as torch has it (rows first), where its bytes are."""
+    """A tensor in the file: its type's number, its shape (rows first, as torch has it), its bytes' place."""
 
     kind: int
     shape: tuple[int, ...]

@@ -131,7 +131,7 @@ def format_of(checkpoint: TernaryCheckpoint) -> str:
 
 
 def _gguf_in(path: Path) -> Path | None:
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file():
         return path
     if not path.is_dir() or (path / "config.json").exists():
         return None
@@ -142,7 +142,7 @@ def _gguf_in(path: Path) -> Path | None:
 
 
 def _kind(config: Mapping[str, Any]) -> str | None:
-    """The format that a config.json speaks of: one of ours, packed by others ("foreign"), or None: latents."""
+    """The format that a config.json speaks of: ours, packed by others ("foreign"), or None: latents."""
     method = config.get("quantization_config")
     if isinstance(method, dict):
         if method.get("quant_method") == "compressed-tensors":

@@ -33,7 +33,7 @@ class TernaryCheckpoint(ABC):
         keys: by layer name, the name of its weight in :attr:`entries`.
         entries: all tensors of the model, sorted by name. Ternary weights have their matrix's shape (rows,
             columns) whatever the format makes of it; scales are not among them.
-        whole_config: whether the format keeps all of config.json, and the tokenizer's files.
+        whole_config: whether the format keeps all of config.json.
         rounding: what the format does to tensors that are not ternary, in words.
     """
 

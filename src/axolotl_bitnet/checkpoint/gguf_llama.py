@@ -152,8 +152,10 @@ def tensors_of(architecture: Architecture, shape: Shape) -> dict[str, tuple[str,
         "attn_q_norm": (shape.head_dim,),
         "attn_k_norm": (shape.head_dim,),
     }
-    vectors = {"output_norm.weight": (shape.hidden,)}
-    found = {hf: (ggml, vectors.get(ggml, (shape.vocabulary, shape.hidden))) for ggml, hf in _OUTER.items()}
+    vectors: dict[str, tuple[int, ...]] = {"output_norm.weight": (shape.hidden,)}
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for ggml, hf in _OUTER.items():
+        found[hf] = (ggml, vectors.get(ggml, (shape.vocabulary, shape.hidden)))
     for layer in range(shape.layers):
         for ggml, hf in _INNER.items():
             if ggml in _QK_NORMS and not architecture.qk_norms:

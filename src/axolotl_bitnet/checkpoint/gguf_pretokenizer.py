@@ -1,7 +1,7 @@
 """Which of llama.cpp's pre-tokenizers splits text as a tokenizer does.
 
-llama.cpp knows pre-tokenizers by name and its own converter guesses the name from a hash of some token ids, so
-a new vocabulary is never known. Here the candidates are built again from their regular expressions, and the
+llama.cpp knows pre-tokenizers by name, and its own converter looks the name up by a hash of some token ids,
+so a new vocabulary is never known. Here the candidates are built again from their regular expressions, and the
 one is taken that gives the same ids for many texts: words of the vocabulary and what tells pre-tokenizers
 apart (digits, contractions, spaces, punctuation, other scripts).
 """
@@ -54,12 +54,12 @@ _TEXTS = (
     "def f(x):\n    return x**2 if x != 0 else None\n\n\n",
     '{"key": [1, 2.5, null], "url": "https://example.org/a?b=c&d=e#f"}',
     "$100 ~ 50\u20ac <b>bold</b> a_b-c/d\\e ^_^ `code` ... !!! ??? --- ===",
-    "caf\u00e9 na\u00efve \u00dcberma\u00df \u0141\u00f3d\u017a \u0130stanbul d\u00e9j\u00e0-vu e\u0301 n\u0303",
-    "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! \u0413\u043e\u0434 2024. \u039a\u03b1\u03bb\u03b7\u03bc\u03ad\u03c1\u03b1",
-    "\u6211\u60f3\u5728apple\u5de5\u4f5c1314151\u5929\uff5e \u4f60\u597d\uff0c\u4e16\u754c\u3002\u3053\u3093\u306b\u3061\u306f \uc548\ub155\ud558\uc138\uc694",
-    "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645 \u0661\u0662\u0663 \u0928\u092e\u0938\u094d\u0924\u0947 \u0967\u0968\u0969 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
-    "\U0001f680 rockets \U0001f999\U0001f999 and \U0001f468\u200d\U0001f469\u200d\U0001f467 \u2705 \u00bd \u00b2 \u2167 \u00a9\u2122",
-    "'quoted' \"double\" \u201ccurly\u201d \u2018single\u2019 it\u2019s \u2014 dash \u2013 range",
+    "café naïve Übermaß Łódź İstanbul déjà-vu e\u0301 n\u0303",
+    "Привет, мир! Год 2024. Καλημέρα κόσμε",
+    "我想在apple工作1314151天～ 你好，世界。こんにちは 안녕하세요",
+    "مرحبا بالعالم ١٢٣ नमस्ते १२३ สวัสดี",
+    "🚀 rockets 🦙🦙 and 👨\u200d👩\u200d👧 ✅ ½ ² Ⅷ ©™",
+    "'quoted' \"double\" “curly” ‘single’ it’s — dash – range",
     "CamelCase HTTPServer iPhone NASA's eBay mL don't_stop ALLCAPS",
     "\u00a0nbsp\u00a0 \u3000wide \u200bzero\ufeff end ",
 )

@@ -55,15 +55,16 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
         size: rows of the embedding.
 
     Raises:
-        CheckpointError: there is no tokenizer, it has more tokens than the model, or llama.cpp cannot tokenize
-            as it does.
+        CheckpointError: there is no tokenizer, it has more tokens than the model, or llama.cpp cannot
+            tokenize as it does.
     """
     tokenizer = _load(folder)
     backend = tokenizer.backend_tokenizer
     spec = json.loads(backend.to_str())
     if spec["model"]["type"] != "BPE":
         raise CheckpointError(
-            f"{folder}: a {spec['model']['type']} tokenizer; byte-level BPE and SentencePiece's BPE are written"
+            f"{folder}: a {spec['model']['type']} tokenizer; only byte-level BPE and SentencePiece's BPE are "
+            "written"
         )
     tokens, types = _tokens(backend.get_vocab(with_added_tokens=True), spec, size, folder)
     steps = [kind for kind, _ in _steps(spec.get("pre_tokenizer"))]
@@ -71,9 +72,8 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
         pre = _pre_tokenizer(backend, spec, folder)
         vocabulary = Vocabulary("gpt2", pre, tokens, types, merges=_merges(spec))
     else:
-        vocabulary = Vocabulary(
-            "llama", "default", tokens, types, scores=_scores(tokens, types, spec, folder)
-        )
+        scores = _scores(tokens, types, spec, folder)
+        vocabulary = Vocabulary("llama", "default", tokens, types, scores=scores)
         vocabulary.numbers["add_space_prefix"] = _adds_space(spec)
     vocabulary.numbers |= _special(tokenizer, folder)
     template = tokenizer.chat_template
@@ -92,9 +92,8 @@ def _load(folder: Path) -> Any:
     except Exception as error:  # whatever a library finds wrong with its file
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
-        raise CheckpointError(
-            f"{folder}: its tokenizer ({type(tokenizer).__name__}) has no tokenizer.json form"
-        )
+        kind = type(tokenizer).__name__
+        raise CheckpointError(f"{folder}: its tokenizer, a {kind}, has no form as tokenizer.json")
     return tokenizer
 
 
@@ -103,7 +102,9 @@ def _steps(part: Mapping[str, Any] | None) -> list[tuple[str, Mapping[str, Any]]
     if not part:
         return []
     if part["type"] == "Sequence":
-        inner = next((part[key] for key in ("pretokenizers", "normalizers", "decoders") if key in part), [])
+        inner: list[Any] = next(
+            (part[key] for key in ("pretokenizers", "normalizers", "decoders") if key in part), []
+        )
         return [step for each in inner for step in _steps(each)]
     return [(part["type"], part)]
 
@@ -137,18 +138,18 @@ def _pre_tokenizer(backend: Any, spec: Mapping[str, Any], folder: Path) -> str:
     normalizers = {kind for kind, _ in _steps(spec.get("normalizer"))} - {"NFC"}
     if normalizers:
         raise CheckpointError(
-            f"{folder}: its tokenizer normalizes text ({', '.join(sorted(normalizers))}), llama.cpp's does not"
+            f"{folder}: its tokenizer normalizes text ({', '.join(sorted(normalizers))}); llama.cpp does not"
         )
     match = find_pretokenizer(backend)
     if match is None:
         raise CheckpointError(
-            f"{folder}: none of the pre-tokenizers of llama.cpp that are known here splits text as its tokenizer "
-            f"does ({json.dumps(spec.get('pre_tokenizer'))})"
+            f"{folder}: none of the pre-tokenizers of llama.cpp that are known here splits text as its "
+            f"tokenizer does ({json.dumps(spec.get('pre_tokenizer'))})"
         )
     if match.wrong:
         LOG.warning(
-            "%s: llama.cpp's pre-tokenizer '%s' comes closest to this tokenizer, but %d of %d texts get other "
-            "tokens, %r for one",
+            "%s: llama.cpp's pre-tokenizer '%s' comes closest to this tokenizer, but %d of %d texts get "
+            "other tokens, %r for one",
             *(folder, match.name, len(match.wrong), match.tried, match.wrong[0]),
         )
     return match.name
@@ -164,8 +165,8 @@ def _scores(tokens: list[str], types: list[int], spec: Mapping[str, Any], folder
     )
     if other or not replaced or not spec["model"].get("byte_fallback"):
         raise CheckpointError(
-            f"{folder}: its tokenizer is neither byte-level BPE nor SentencePiece's BPE with bytes to fall back "
-            "on, the two that are written"
+            f"{folder}: its tokenizer is neither byte-level BPE nor SentencePiece's BPE with bytes to fall "
+            "back on, the two that are written"
         )
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(_merges(spec)):
@@ -200,7 +201,7 @@ def _special(tokenizer: Any, folder: Path) -> dict[str, int | bool]:
     expected = [bos] * found["add_bos_token"] + plain + [eos] * found["add_eos_token"]
     if whole != expected:
         raise CheckpointError(
-            f"{folder}: its tokenizer adds more to a text than bos and eos; llama.cpp cannot"
+            f"{folder}: its tokenizer adds more to a text than bos and eos, which llama.cpp cannot"
         )
     ends = _generation_ends(folder)
     if ends and eos is None:

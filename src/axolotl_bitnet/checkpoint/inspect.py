@@ -243,8 +243,10 @@ def _packed_size(entries: Any, ternary: set[str]) -> int:
 
 
 def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.gguf")]
-    return sum(file.stat().st_size for file in files)
+    """Of the weights; a GGUF file's metadata is counted with them."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(entry.nbytes for entry in CheckpointReader(path).entries.values())
 
 
 def _told(keys: Any, entry: Callable[[Any], Entry]) -> Iterator[Any]:

@@ -18,12 +18,16 @@ def open_checkpoint(path: str | Path) -> TernaryCheckpoint:
     """A ternary model of any format that this package writes, or a packed one of others.
 
     Args:
-        path: a folder: latents (what training saves), a packed, dense or MLX model.
+        path: a folder (latents, as training saves them, a packed, dense or MLX model), or a GGUF file.
 
     Raises:
         CheckpointError: there is no ternary model.
     """
     folder = Path(path)
+    if folder.is_file() and folder.suffix == ".gguf":
+        from .gguf import GGUFCheckpoint  # needs a package that not everybody has
+
+        return GGUFCheckpoint(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder with a model")
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}

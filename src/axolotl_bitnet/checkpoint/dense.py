@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..convert import CONFIG_KEY, Plan
 from ..ternary import EPSILON, scale_of
-from .packed import in_bfloat16
+from .packed import in_bfloat16, with_rope_theta
 from .rewrite import Layout, rewrite
 from .source import DENSE, FORMAT, TernaryCheckpoint, read_plan
 from .stream import CheckpointError, CheckpointReader, Entry, read_json
@@ -48,7 +48,7 @@ def revert_checkpoint(
     from .formats import open_checkpoint  # which knows this format too
 
     source = open_checkpoint(src)
-    config = in_bfloat16(source.config)
+    config = with_rope_theta(in_bfloat16(source.config))
     config[CONFIG_KEY] = {**config[CONFIG_KEY], FORMAT: DENSE}
     return rewrite(source, dst, _DenseLayout(), config, overwrite, check)
 

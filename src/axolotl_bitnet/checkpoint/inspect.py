@@ -69,17 +69,12 @@ def inspect(path: str | Path) -> Inspection:
     """
     path = Path(path)
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
-    if config is None or isinstance(config.get("quantization"), dict) or _compressed(config):
+    if config is None or isinstance(config.get("quantization"), dict):
         return _artifact(path, open_checkpoint(path))
     reader = CheckpointReader(path)
     if any(entry.dtype == torch.uint8 for entry in reader.entries.values()):
         return _packed(path, reader, config)
     return _floating(path, reader, config)
-
-
-def _compressed(config: dict[str, Any]) -> bool:
-    method = config.get("quantization_config")
-    return isinstance(method, dict) and method.get("quant_method") == "compressed-tensors"
 
 
 def _artifact(path: Path, checkpoint: TernaryCheckpoint) -> Inspection:

@@ -51,7 +51,7 @@ def test_what_can_be_made_is_not_refused() -> None:
     ],
 )
 def test_what_llama_cpp_cannot_run(made: Any, cfg: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConversionError, match="bitnet.export") as caught:
+    with pytest.raises(ConversionError, match=r"bitnet\.export") as caught:
         refuse(made, "packed", "gguf-tq2_0", **cfg)
     assert words in str(caught.value) and "gguf-tq2_0" in str(caught.value)
     refuse(made, "packed", **cfg)

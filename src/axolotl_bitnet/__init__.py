@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bitlinear import BitLinear
+    from .checkpoint.dense import revert_checkpoint
     from .checkpoint.packed import pack_checkpoint
-    from .checkpoint.verify import VerificationReport, verify_checkpoint
+    from .checkpoint.restore import restore_latents
+    from .checkpoint.verdict import VerificationReport
+    from .checkpoint.verify import verify_checkpoint
     from .convert import convert_to_bitlinear
     from .integration.plugin import BitNetPlugin
     from .ternary import quantize_activations, ternarize
@@ -23,10 +26,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "BitLinear": "bitlinear",
     "BitNetPlugin": "integration.plugin",
-    "VerificationReport": "checkpoint.verify",
+    "VerificationReport": "checkpoint.verdict",
     "convert_to_bitlinear": "convert",
     "pack_checkpoint": "checkpoint.packed",
     "quantize_activations": "ternary",
+    "restore_latents": "checkpoint.restore",
+    "revert_checkpoint": "checkpoint.dense",
     "ternarize": "ternary",
     "verify_checkpoint": "checkpoint.verify",
 }
@@ -38,6 +43,8 @@ __all__ = [
     "convert_to_bitlinear",
     "pack_checkpoint",
     "quantize_activations",
+    "restore_latents",
+    "revert_checkpoint",
     "ternarize",
     "verify_checkpoint",
 ]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..fingerprint import Fingerprint, TensorFingerprint, digest_rows, merge_digests
 from ..ternary import abs_sum, absmean, codes_of, scale_of
-from .source import TernaryCheckpoint, read_plan
+from .progress import begin
+from .source import TernaryCheckpoint, is_dense, read_plan
 from .stream import CheckpointError, CheckpointReader, read_json
 
 COMPANIONS = (
@@ -54,6 +55,8 @@ class LatentCheckpoint(TernaryCheckpoint):
         self.companions = self.folder.resolve().parent if merged else self.folder
         self.config = read_json(self.companions / "config.json")
         self.names = read_plan(self.config, self.companions / "config.json")
+        if is_dense(self.config):  # quantized as latents are, it would lose scale
+            raise CheckpointError(f"{self.folder} is a dense revert (codes / s), not latents")
         self.reader = CheckpointReader(self.folder)
         self.entries = self.reader.entries
         self.keys = {name: f"{self.names.stem(name, self.entries)}.weight" for name in self.names.converted}
@@ -91,6 +94,7 @@ class LatentCheckpoint(TernaryCheckpoint):
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of what these latents quantize to, by blocks of rows."""
         tensors = {}
+        advance = begin("reading codes", sum(self.entries[key].nbytes for key in self.keys.values()))
         for name in self.names.converted:
             key, g = self.keys[name], self.absmean(name)
             digests, zeros, row = [], 0, 0
@@ -102,6 +106,7 @@ class LatentCheckpoint(TernaryCheckpoint):
             rows, columns = self.entries[key].shape
             digest = f"{merge_digests(digests):016x}"
             tensors[name] = TensorFingerprint((rows, columns), digest, float(scale_of(g)), zeros)
+            advance(self.entries[key].nbytes)
         return Fingerprint(tensors)
 
 

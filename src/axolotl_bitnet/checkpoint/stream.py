@@ -9,6 +9,7 @@ the bytes.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -23,6 +24,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .progress import begin
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -33,6 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "U32": torch.uint32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -54,11 +58,12 @@ class Entry:
     shape: tuple[int, ...]
 
     @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        count = self.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return self.numel * self.dtype.itemsize
 
 
 class CheckpointReader:
@@ -116,6 +121,8 @@ class SafetensorsWriter:
             offset = offsets[1]
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
+        require_space(Path(path).parent, 8 + len(encoded) + offset)
+        self._advance = begin(f"writing {Path(path).name}", offset)
         self._file = Path(path).open("wb")  # noqa: SIM115 (closed in __exit__)
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
 
@@ -132,6 +139,7 @@ class SafetensorsWriter:
             )
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         self._file.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        self._advance(entry.nbytes)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -146,6 +154,20 @@ class SafetensorsWriter:
         missing = next(self._expected, None)
         if kind is None and missing is not None:
             raise CheckpointError(f"tensor '{missing.name}' was announced but never written")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Make sure that a disk can take what is about to be written.
+
+    Raises:
+        CheckpointError: ``needed`` bytes do not fit into what is free for this user.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"no space for it in {folder}: {needed:,} bytes are needed ({needed / 2**30:.2f} GiB), "
+            f"{free:,} are free ({free / 2**30:.2f} GiB)"
+        )
 
 
 @contextmanager

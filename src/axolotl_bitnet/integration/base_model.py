@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,18 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+from ..checkpoint.source import is_dense
 from ..checkpoint.stream import CheckpointError, read_json
 from ..convert import CONFIG_KEY, ConversionError, plan_conversion
+from .exports import refuse_exports
 
 
-def check_base(cfg: Any, skip_modules: list[str]) -> None:
+def check_base(cfg: Any, skip_modules: list[str], export: Sequence[str] = ()) -> None:
     """Refuse a base that cannot be trained ternary, before its weights are read.
 
     Raises:
         ConversionError: it is quantized already, or one of its layers cannot be converted; the message names
-        it.
+        it. Or one of the exports could not be made of it.
     """
     config = load_model_config(cfg)
     if config.model_type == "falcon" and cfg.fsdp_config:
@@ -42,17 +44,18 @@ def check_base(cfg: Any, skip_modules: list[str]) -> None:
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         with torch.device("meta"):
             plan_conversion(AutoModelForCausalLM.from_config(config), skip_modules)
+    refuse_exports(cfg, config, local_folder(cfg), export)
 
 
 def holds_latents(cfg: Any) -> bool:
     """Whether the base is what a ternary run saved: latents, which computed as dense weights are another
-    model."""
+    model. Its dense revert is not: that is meant to be computed so."""
     folder = local_folder(cfg)
     try:
         config = read_json(folder / "config.json") if folder is not None else {}
     except CheckpointError:
         return False  # Axolotl reports it better
-    return CONFIG_KEY in config and "quantization_config" not in config
+    return CONFIG_KEY in config and "quantization_config" not in config and not is_dense(config)
 
 
 def local_folder(cfg: Any) -> Path | None:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bitlinear import BitLinear
+    from .checkpoint.dense import revert_checkpoint
     from .checkpoint.packed import pack_checkpoint
+    from .checkpoint.restore import restore_latents
     from .checkpoint.verify import VerificationReport, verify_checkpoint
     from .convert import convert_to_bitlinear
     from .integration.plugin import BitNetPlugin
@@ -27,6 +29,8 @@ _HOMES = {
     "convert_to_bitlinear": "convert",
     "pack_checkpoint": "checkpoint.packed",
     "quantize_activations": "ternary",
+    "restore_latents": "checkpoint.restore",
+    "revert_checkpoint": "checkpoint.dense",
     "ternarize": "ternary",
     "verify_checkpoint": "checkpoint.verify",
 }
@@ -38,6 +42,8 @@ __all__ = [
     "convert_to_bitlinear",
     "pack_checkpoint",
     "quantize_activations",
+    "restore_latents",
+    "revert_checkpoint",
     "ternarize",
     "verify_checkpoint",
 ]

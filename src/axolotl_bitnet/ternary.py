@@ -183,8 +183,7 @@ def latents_of(codes: Tensor, s: Tensor) -> Tensor:
     # Both should occur: a matrix of one magnitude would pass for a dense ternary one, and be scaled again.
     for count in (min(max(raised, 1), nonzero - 1), raised):
         latents = _two_magnitudes(codes, low, high, count)
-        back, scale = ternarize(latents)
-        if torch.equal(scale, s.reshape(1).to(scale)) and torch.equal(back, codes.to(torch.int8)):
+        if _quantizes_to(latents, codes, s):
             return latents
     raise ValueError(
         f"no latents give the scale {float(s):g} with {nonzero} non-zero codes: it is not bf16(1 / bf16(g)) "
@@ -192,9 +191,21 @@ def latents_of(codes: Tensor, s: Tensor) -> Tensor:
     )
 
 
+def _quantizes_to(latents: Tensor, codes: Tensor, s: Tensor) -> bool:
+    """Whether :func:`ternarize` gives these codes and scale; by blocks of rows, to bound the copies."""
+    step = max(1, (1 << 20) // max(1, latents.shape[1]))
+    total = torch.stack([abs_sum(block) for block in latents.split(step)]).sum()
+    g = absmean(total, latents.numel())
+    scale = scale_of(g)
+    return torch.equal(scale, s.reshape(1).to(scale)) and all(
+        torch.equal(codes_of(block, g), expected.to(torch.int8))
+        for block, expected in zip(latents.split(step), codes.split(step), strict=True)
+    )
+
+
 def _two_magnitudes(codes: Tensor, low: Tensor, high: Tensor, raised: int) -> Tensor:
     """``codes * low``, with the first ``raised`` non-zero elements ``codes * high`` instead, in bfloat16."""
-    latents = codes.to(torch.bfloat16) * low.to(codes.device)
+    latents = codes.to(torch.bfloat16).mul_(low.to(codes.device))
     per_row = codes.count_nonzero(dim=1).cumsum(0)
     whole_rows = int((per_row <= raised).sum())
     latents[:whole_rows] = codes[:whole_rows].to(torch.bfloat16) * high.to(codes.device)

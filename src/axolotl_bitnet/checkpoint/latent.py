@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ternary import abs_sum, absmean, codes_of, scale_of
-from .source import TernaryCheckpoint, read_plan
+from .source import TernaryCheckpoint, is_dense, read_plan
 from .stream import CheckpointError, CheckpointReader, read_json
 from .threads import parallel_map, row_ranges
 
@@ -56,6 +56,8 @@ class LatentCheckpoint(TernaryCheckpoint):
         self.companions = self.folder.resolve().parent if merged else self.folder
         self.config = read_json(self.companions / "config.json")
         self.names = read_plan(self.config, self.companions / "config.json")
+        if is_dense(self.config):  # quantized as latents are, it would lose scale
+            raise CheckpointError(f"{self.folder} is a dense revert (codes / s), not latents")
         self.reader = CheckpointReader(self.folder)
         self.entries = self.reader.entries
         self.keys = {name: f"{self.names.stem(name, self.entries)}.weight" for name in self.names.converted}

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..convert import Plan
 from ..ops import pack_codes, unpack_codes
 from ..plain import ROWS_PER_BYTE
-from .latent import LatentCheckpoint, copy_companions
+from .latent import copy_companions
 from .source import TernaryCheckpoint, read_plan
 from .stream import (
     SINGLE,
@@ -39,13 +39,14 @@ def pack_checkpoint(
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Pack a latent checkpoint to 2 bits a weight.
+    """Pack a ternary model to 2 bits a weight.
 
     Works tensor by tensor: memory stays below twice the largest tensor plus 300 MiB. The folder appears when
     it is complete, or not at all.
 
     Args:
-        src: folder of latents, as training saves it: config.json, safetensors (single or sharded), tokenizer.
+        src: folder of latents, as training saves it: config.json, safetensors (single or sharded), tokenizer;
+            or a ternary model in any other format that this package reads.
         dst: folder to make.
         overwrite: replace ``dst`` if it exists.
         check: called with the finished folder before it gets its name; if it raises, nothing is left behind.
@@ -56,7 +57,9 @@ def pack_checkpoint(
     Raises:
         CheckpointError: the source cannot be read or packed, or the target exists.
     """
-    latents = LatentCheckpoint(src)
+    from .formats import open_checkpoint  # which knows this format too
+
+    latents = open_checkpoint(src)
     source, target = latents.folder.resolve(), Path(dst).resolve()
     if target == source or target in source.parents:
         raise CheckpointError(f"{dst} would replace the latents in {src}: name another folder")
@@ -113,25 +116,29 @@ def _packed_blocks(rows_of: Callable[[int, int], Tensor], rows: int, columns: in
 
 def packed_config(config: dict[str, Any], names: Plan) -> dict[str, Any]:
     """A latent checkpoint's config.json turned into a packed one's."""
-    packed = _in_bfloat16(config)
+    packed = in_bfloat16(config)
     packed["quantization_config"] = {
         "quant_method": "bitnet",
         "linear_class": "bitlinear",  # divides by weight_scale; "autobitlinear" would scale the bias as well
         "quantization_mode": "offline",
         "modules_to_not_convert": _exclusions(names),
     }
+    return with_rope_theta(packed)
+
+
+def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with ``rope_theta`` at its top, where alone MLX looks for it: it would take 10000 without a
+    word."""
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:
-        packed["rope_theta"] = rope[
-            "rope_theta"
-        ]  # MLX reads it here only, and would take 10000 without a word
-    return packed
+        return config | {"rope_theta": rope["rope_theta"]}
+    return config
 
 
-def _in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
+def in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
     """A config, and those of a multimodal model's towers in it, that say how tensors are stored."""
     inside = {
-        key: _in_bfloat16(value)
+        key: in_bfloat16(value)
         for key, value in config.items()
         if key.endswith("_config")
         and isinstance(value, dict)

@@ -16,6 +16,11 @@ from ..fingerprint import Fingerprint, TensorFingerprint, digest_rows, merge_dig
 from .stream import CheckpointError, Entry
 from .threads import parallel_map, row_ranges
 
+FORMAT = "format"
+"""Beside the list of ternary layers in config.json: how they are stored, where nothing else says it."""
+
+DENSE = "dense"
+
 
 class TernaryCheckpoint(ABC):
     """A stored ternary model, whatever its format; one tensor at a time.
@@ -90,3 +95,9 @@ def read_plan(config: Mapping[str, Any], where: str | Path) -> Plan:
             "axolotl-bitnet. Load it, call convert_to_bitlinear(model) and save it again"
         )
     return Plan(list(entry["converted"]), list(entry.get("dense", [])), dict(entry.get("saved_as", {})))
+
+
+def is_dense(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that its ternary layers are stored as ``codes / s``."""
+    entry = config.get(CONFIG_KEY)
+    return isinstance(entry, Mapping) and entry.get(FORMAT) == DENSE

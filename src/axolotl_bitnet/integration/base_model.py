@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+from ..checkpoint.source import is_dense
 from ..checkpoint.stream import CheckpointError, read_json
 from ..convert import CONFIG_KEY, ConversionError, plan_conversion
 
@@ -46,13 +47,13 @@ def check_base(cfg: Any, skip_modules: list[str]) -> None:
 
 def holds_latents(cfg: Any) -> bool:
     """Whether the base is what a ternary run saved: latents, which computed as dense weights are another
-    model."""
+    model. Its dense revert is not: that is meant to be computed so."""
     folder = local_folder(cfg)
     try:
         config = read_json(folder / "config.json") if folder is not None else {}
     except CheckpointError:
         return False  # Axolotl reports it better
-    return CONFIG_KEY in config and "quantization_config" not in config
+    return CONFIG_KEY in config and "quantization_config" not in config and not is_dense(config)
 
 
 def local_folder(cfg: Any) -> Path | None:

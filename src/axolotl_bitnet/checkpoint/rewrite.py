@@ -1,0 +1,100 @@
+"""One stored ternary model written as another: what the folder formats share.
+
+A format says what it makes of a ternary weight; everything else is stored as it is or in bfloat16. Tensor by
+tensor: memory stays below twice the largest tensor plus 300 MiB. The folder appears when it is complete.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .latent import copy_companions
+from .source import TernaryCheckpoint
+from .stream import SINGLE, CheckpointError, Entry, SafetensorsWriter, whole_folder, write_json
+
+
+class Layout(ABC):
+    """How a format stores a ternary weight, and the rest.
+
+    Attributes:
+        rest: dtype of all other floating-point tensors; None leaves them as they are.
+    """
+
+    rest: torch.dtype | None = torch.bfloat16
+
+    @abstractmethod
+    def entries(self, weight: Entry) -> list[Entry]:
+        """The tensors that a ternary weight (rows, columns) becomes."""
+
+    @abstractmethod
+    def tensors(self, weight: Entry, codes: Tensor, s: Tensor) -> list[Tensor]:
+        """Their contents, from int8 codes (rows, columns) and bfloat16 s, shape (1,).
+
+        Raises:
+            ValueError: the format cannot hold them; says why.
+        """
+
+
+def rewrite(
+    source: TernaryCheckpoint,
+    dst: str | Path,
+    layout: Layout,
+    config: Mapping[str, Any],
+    overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a model's folder in another format; see :func:`axolotl_bitnet.pack_checkpoint` for the arguments.
+
+    Raises:
+        CheckpointError: the source is damaged or does not fit the format, or the target exists.
+    """
+    origin, target = source.folder.resolve(), Path(dst).resolve()
+    if target == origin or target in origin.parents:
+        raise CheckpointError(f"{dst} would replace its own source {source.folder}: name another folder")
+    layers = {key: name for name, key in source.keys.items()}
+
+    def stored_as(entry: Entry) -> torch.dtype:
+        return layout.rest if layout.rest is not None and entry.dtype.is_floating_point else entry.dtype
+
+    announced: list[Entry] = []
+    for key, entry in source.entries.items():
+        if key in layers:
+            announced += layout.entries(entry)
+        else:
+            announced.append(Entry(key, stored_as(entry), entry.shape))
+
+    with whole_folder(dst, overwrite) as work:
+        with SafetensorsWriter(work / SINGLE, announced) as writer:
+            for key, entry in source.entries.items():
+                if key in layers:
+                    for part, tensor in zip(
+                        layout.entries(entry), _encoded(source, layers[key], entry, layout), strict=True
+                    ):
+                        writer.write(part.name, tensor)
+                else:
+                    writer.write(key, source.tensor(key).to(stored_as(entry)))
+        write_json(work / "config.json", dict(config))
+        copy_companions(source.companions, work)
+        if check is not None:
+            check(work)
+    return Path(dst)
+
+
+def _encoded(source: TernaryCheckpoint, name: str, weight: Entry, layout: Layout) -> list[Tensor]:
+    codes, s = source.codes(name)
+    if not bool(torch.isfinite(s)) or float(s) <= 0:
+        raise CheckpointError(
+            f"{source.folder}: '{weight.name}' holds a NaN or an Inf, or is damaged: scale {s.tolist()}"
+        )
+    if codes.numel() and (int(codes.amax()) > 1 or int(codes.amin()) < -1):
+        raise CheckpointError(f"{source.folder}: '{weight.name}' holds codes beside -1, 0 and 1: damaged")
+    try:
+        return layout.tensors(weight, codes, s)
+    except ValueError as error:
+        raise CheckpointError(f"{source.folder}: '{weight.name}': {error}") from error

@@ -124,7 +124,9 @@ def test_disk_full_while_packing(
     assert count == calls + 1
     assert left_in(tmp_path) == SAVED | {RUN_FILE}
     assert (tmp_path / SINGLE).read_bytes() == weights
-    assert read_json(tmp_path / RUN_FILE)["artifacts"] == {}
+    assert read_json(tmp_path / RUN_FILE)["artifacts"] == {
+        "packed": {"verified": False, "error": "[Errno 28] No space left on device"}
+    }
     assert finish_run(tmp_path, trained, ["packed"], verify=True).ok  # once there is space
 
 

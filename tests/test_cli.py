@@ -55,15 +55,15 @@ def test_pack_refuses_an_existing_target_unless_told(run_folder: Path) -> None:
     packed = run_folder / "packed"
     assert _call("pack", run_folder, packed)[0] == 0
     code, output = _call("pack", run_folder, packed)
-    assert code == 1 and "--overwrite" in output
+    assert code == 2 and "--overwrite" in output
     assert _call("pack", run_folder, packed, "--overwrite")[0] == 0
 
 
 def test_errors_are_sentences(tmp_path: Path) -> None:
     code, output = _call("pack", tmp_path, tmp_path / "packed")
-    assert code == 1 and "config.json does not exist" in output and "Traceback" not in output
+    assert code == 2 and "config.json does not exist" in output and "Traceback" not in output
     code, output = _call("verify", tmp_path)
-    assert code == 1 and "Traceback" not in output
+    assert code == 2 and "Traceback" not in output
 
 
 def test_recipes_are_copied_once(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_recipes_are_copied_once(tmp_path: Path) -> None:
     assert {"sft.yaml", "sft-1b.yaml", "dpo.yaml", "README.md", "tiny"} <= names
     (target / "sft.yaml").write_text("mine")
     code, output = _call("recipes", target)
-    assert code == 1 and "not empty" in output and (target / "sft.yaml").read_text() == "mine"
+    assert code == 2 and "not empty" in output and (target / "sft.yaml").read_text() == "mine"
 
 
 def test_help_of_every_command_has_an_example() -> None:

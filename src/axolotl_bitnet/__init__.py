@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .checkpoint.dense import revert_checkpoint
     from .checkpoint.packed import pack_checkpoint
     from .checkpoint.restore import restore_latents
-    from .checkpoint.verify import VerificationReport, verify_checkpoint
+    from .checkpoint.verdict import VerificationReport
+    from .checkpoint.verify import verify_checkpoint
     from .convert import convert_to_bitlinear
     from .integration.plugin import BitNetPlugin
     from .ternary import quantize_activations, ternarize
@@ -25,7 +26,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BitLinear": "bitlinear",
     "BitNetPlugin": "integration.plugin",
-    "VerificationReport": "checkpoint.verify",
+    "VerificationReport": "checkpoint.verdict",
     "convert_to_bitlinear": "convert",
     "pack_checkpoint": "checkpoint.packed",
     "quantize_activations": "ternary",

@@ -1,5 +1,5 @@
-"""The end of a run: pack what was saved, prove that it is what trained, and write it all down in
-``bitnet.json``."""
+"""The end of a run: make artifacts of what was saved, prove that each is what trained, and write it all down
+in ``bitnet.json``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from ..fingerprint import Fingerprint
+from .formats import FOLDERS, FORMATS, Format
 from .latent import LatentCheckpoint
-from .packed import PackedCheckpoint, pack_checkpoint
-from .stream import INDEX, write_json
+from .stream import INDEX, CheckpointError, read_json, write_json
 from .verify import RUN_FILE, VerificationError, VerificationReport, compare
 
 PACKED = "packed"
 _ASIDE = "_previous"  # uploads to a hub leave out names that begin with an underscore
-_LEFTOVER = re.compile(rf"{_ASIDE}(-\d+)?|\.{PACKED}\.(partial|old)-.*")  # or of a packing that was killed
+_FOLDERS = "|".join(FOLDERS)
+_LEFTOVER = re.compile(
+    rf"{_ASIDE}(-\d+)?|\.({_FOLDERS})\.(partial|old)-.*"
+)  # or of a writing that was killed
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 
@@ -35,7 +38,7 @@ def set_aside(output_dir: str | Path, weights: bool = True) -> list[str]:
     stale = [
         path
         for path in folder.iterdir()
-        if (weights and _WEIGHTS.fullmatch(path.name)) or path.name in (PACKED, RUN_FILE)
+        if (weights and _WEIGHTS.fullmatch(path.name)) or path.name in (*FOLDERS, RUN_FILE)
     ]
     if stale:
         taken = {path.name for path in folder.iterdir()}
@@ -55,19 +58,23 @@ def _keystone(path: Path) -> int:
 def finish_run(
     output_dir: str | Path, trained: Fingerprint, export: Iterable[str], verify: bool
 ) -> VerificationReport:
-    """Make and verify a run's artifacts from the latents it saved.
+    """Make and verify a run's artifacts from the latents it saved. One that fails costs no other.
 
     Args:
         output_dir: where the latents are; artifacts go into folders below it, ``bitnet.json`` beside them.
         trained: fingerprint of the live model at the end of training.
-        export: artifacts to make.
+        export: artifacts to make, names of :data:`~axolotl_bitnet.checkpoint.formats.FORMATS`.
         verify: hold them (with no artifact, the latents) against the fingerprint.
 
+    Returns:
+        The last artifact's report, empty without verification: all of them say the same.
+
     Raises:
-        CheckpointError: no latents were saved, or they cannot be packed.
-        VerificationError: what was saved is not what trained; no artifact is left under its name.
+        CheckpointError: no latents were saved, or they cannot be exported.
+        VerificationError: what was saved is not what trained; the artifact is not left under its name.
+        Exception: whatever else the first failure was. ``bitnet.json`` has the errors of all.
     """
-    folder = Path(output_dir)
+    folder, wanted = Path(output_dir), set(export)
     record: dict[str, Any] = {
         "definition": trained.definition,
         "fingerprint": trained.to_json(),
@@ -76,35 +83,59 @@ def finish_run(
     write_json(folder / RUN_FILE, record)
     latents = LatentCheckpoint(folder)
     record |= {"converted": latents.names.converted, "dense": latents.names.dense}
+    verdicts: dict[str, Any] = record["artifacts"]
     report = VerificationReport()
+    failures: list[Exception] = []
 
     def check(found: Fingerprint, kind: str) -> None:
         nonlocal report
         report = compare(found, trained)
-        record["artifacts"][kind] = {"verified": report.ok, "mismatches": report.mismatches}
+        verdicts[kind] = {"verified": report.ok, "mismatches": report.mismatches}
         if not report.ok:
             raise VerificationError(f"{kind}: {report.summary()}. The latents as saved are in {folder}")
 
+    def make(entry: Format) -> None:
+        def prove(work: Path) -> None:
+            check(entry.open(work).fingerprint(), entry.name)
+
+        entry.write(folder, folder / entry.path, overwrite=True, check=prove if verify else None)
+        verdicts.setdefault(entry.name, {"verified": None})
+        verdicts[entry.name] |= {"path": entry.path, "bytes": weight_bytes(folder / entry.path)}
+
     try:
-        if PACKED in export:
-            pack_checkpoint(
-                folder,
-                folder / PACKED,
-                overwrite=True,
-                check=(lambda work: check(PackedCheckpoint(work).fingerprint(), PACKED)) if verify else None,
-            )
-            record["artifacts"].setdefault(PACKED, {"verified": None})
-            record["artifacts"][PACKED] |= {"path": PACKED, "bytes": weight_bytes(folder / PACKED)}
-        elif verify:
+        for entry in (entry for name, entry in FORMATS.items() if name in wanted):
+            try:
+                make(entry)
+            except Exception as error:
+                verdicts.setdefault(entry.name, {"verified": False if verify else None})
+                verdicts[entry.name]["error"] = str(error) or type(error).__name__
+                failures.append(error)
+        if not wanted and verify:
             check(latents.fingerprint(), "latents")
     finally:
         write_json(folder / RUN_FILE, record)
+        for path in [path for name in FOLDERS for path in (folder / name).glob(".*.partial*")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if failures:
+        for other in failures[1:]:
+            failures[0].add_note(f"and: {other}")
+        raise failures[0]
     for path in folder.iterdir():
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
     return report
 
 
-def weight_bytes(folder: str | Path) -> int:
-    """Size of a folder's safetensors files in bytes."""
-    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+def made_in(output_dir: str | Path) -> dict[str, int]:
+    """The artifacts of a run that are in place, and their sizes in bytes, as ``bitnet.json`` has them."""
+    try:
+        artifacts = read_json(Path(output_dir) / RUN_FILE)["artifacts"]
+    except CheckpointError:
+        return {}
+    return {name: entry["bytes"] for name, entry in artifacts.items() if "path" in entry}
+
+
+def weight_bytes(path: str | Path) -> int:
+    """Size in bytes of a folder's safetensors files, or of a file."""
+    path = Path(path)
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))

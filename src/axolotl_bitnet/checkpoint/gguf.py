@@ -28,7 +28,8 @@ from .gguf_blocks import BLOCK, encode_blocks, scale_to_fp16
 from .gguf_library import library
 from .gguf_reader import CONFIG, GGUFCheckpoint
 from .gguf_tokenizer import Vocabulary, read_vocabulary
-from .stream import CheckpointError
+from .progress import begin
+from .stream import CheckpointError, require_space
 
 if TYPE_CHECKING:
     from .source import TernaryCheckpoint
@@ -174,11 +175,15 @@ def _write(
     if factors is not None:
         shape = (factors.numel(),)
         writer.add_tensor_info(llama.ROPE_FREQS, shape, np.dtype(np.float32), factors.nbytes)
+    total = 0
     for part in parts:
         kind = getattr(gguf.GGMLQuantizationType, part.kind.upper())
         elements, size = gguf.GGML_QUANT_SIZES[kind]
         nbytes = int(np.prod(part.shape)) // elements * size
         writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+        total += nbytes
+    require_space(path.parent, total)
+    advance = begin(f"writing {type.upper()}", total)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -186,7 +191,9 @@ def _write(
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
         for part in parts:
-            writer.write_tensor_data(_stored(source, architecture, part))
+            stored = _stored(source, architecture, part)
+            writer.write_tensor_data(stored)
+            advance(stored.nbytes)
     finally:
         writer.close()
 

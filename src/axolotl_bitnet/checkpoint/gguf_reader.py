@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class GGUFCheckpoint(TernaryCheckpoint):
     Files written here carry the trained model's config. Of others it is rebuilt from the metadata, as far as
     llama.cpp keeps it, and the ternary layers are those stored as TQ1_0 or TQ2_0 with one scale a tensor.
 
-    ``folder`` is the file, ``companions`` the folder that it lies in.
+    ``folder`` is the file, ``companions`` the folder that it lies in. Of others' files the config is not whole.
 
     Raises:
         CheckpointError: no GGUF file, a damaged one, no ternary layers, or an unknown architecture.
@@ -49,6 +50,7 @@ class GGUFCheckpoint(TernaryCheckpoint):
         if int(metadata.get("split.count", 1)) > 1:
             raise CheckpointError(f"{file} is one of several parts: merge them (llama-gguf-split --merge)")
         embedded = _embedded_config(self._header)
+        self.whole_config = embedded is not None
         self.config = rebuild_config(self._header) if embedded is None else embedded
         self._architecture = llama.architecture_of(self.config)
         self._shape = llama.shape_of(self.config)
@@ -99,6 +101,19 @@ class GGUFCheckpoint(TernaryCheckpoint):
             return codes, scale_from_fp16(_the_one(torch.cat(scales)))
         except ValueError as error:
             raise CheckpointError(f"{self.folder}: '{self._names[key]}' is not ternary: {error}") from None
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """All that the file says beside its tensors."""
+        return self._header.metadata
+
+    def as_stored(self, key: str, tensor: Tensor) -> Tensor:
+        kind = self._kind(key)
+        if kind in _DTYPES:
+            return tensor.to(_DTYPES[kind])
+        gguf = library()
+        blocks = gguf.quantize(tensor.to(torch.float32).numpy(), gguf.GGMLQuantizationType[kind])
+        return torch.from_numpy(_dequantize(blocks, kind))
 
     def tensor(self, key: str) -> Tensor:
         if key not in self._names:

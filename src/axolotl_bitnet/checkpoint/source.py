@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..convert import CONFIG_KEY, Plan
 from ..fingerprint import Fingerprint, TensorFingerprint, digest_rows, merge_digests
+from .progress import begin
 from .stream import CheckpointError, Entry
 from .threads import parallel_map, row_ranges
 
@@ -34,6 +35,8 @@ class TernaryCheckpoint(ABC):
         keys: by layer name, the name of its weight in :attr:`entries`.
         entries: all tensors of the model, sorted by name. Ternary weights have their matrix's shape (rows,
             columns) whatever the format makes of it; scales are not among them.
+        whole_config: whether the format keeps all of config.json.
+        rounding: what the format does to tensors that are not ternary, in words.
     """
 
     folder: Path
@@ -42,6 +45,8 @@ class TernaryCheckpoint(ABC):
     names: Plan
     keys: Mapping[str, str]
     entries: Mapping[str, Entry]
+    whole_config: bool = True
+    rounding: str = "rounded to the stored dtype"
 
     @abstractmethod
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
@@ -64,9 +69,18 @@ class TernaryCheckpoint(ABC):
         """A tensor that is not ternary as ``dtype``, flat, in pieces."""
         yield self.tensor(key).to(dtype).reshape(-1)
 
+    def as_stored(self, key: str, tensor: Tensor) -> Tensor:
+        """What :meth:`tensor` reads when ``tensor``, which is not ternary, was written in this format."""
+        return tensor.to(self.entries[key].dtype)
+
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of the codes and scales, read from what is stored."""
-        return Fingerprint({name: self._fingerprint(name) for name in self.names.converted})
+        advance = begin("reading codes", sum(self.entries[key].nbytes for key in self.keys.values()))
+        tensors = {}
+        for name in self.names.converted:
+            tensors[name] = self._fingerprint(name)
+            advance(self.entries[self.keys[name]].nbytes)
+        return Fingerprint(tensors)
 
     def _fingerprint(self, name: str) -> TensorFingerprint:
         rows, columns = self.entries[self.keys[name]].shape

@@ -26,6 +26,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .progress import begin
+from .threads import row_ranges
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -121,6 +124,11 @@ class CheckpointReader:
         columns = self._place(name).entry.shape[1]
         return self.elements(name, start * columns, stop * columns).reshape(stop - start, columns)
 
+    def row_blocks(self, name: str) -> Iterator[Tensor]:
+        """A matrix as blocks of whole rows, on the CPU."""
+        rows, columns = self._place(name).entry.shape
+        return (self.rows(name, *ends) for ends in row_ranges(rows, columns))
+
     def _place(self, name: str) -> _Place:
         if name not in self._places:
             raise CheckpointError(f"{self.folder} holds no tensor '{name}'")
@@ -144,6 +152,8 @@ class SafetensorsWriter:
             offset = offsets[1]
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
+        require_space(Path(path).parent, 8 + len(encoded) + offset)
+        self._advance = begin(f"writing {Path(path).name}", 8 + len(encoded) + offset)
         self._file = Path(path).open("wb", buffering=0)  # noqa: SIM115 (closed in __exit__)
         self._flusher = ThreadPoolExecutor(1)
         self._flushed: Future[None] | None = None
@@ -186,6 +196,7 @@ class SafetensorsWriter:
         size = len(data)
         while len(data):  # a call writes 2 GiB at most, and less on a disk that fills up
             data = data[self._file.write(data) :]
+        self._advance(size)
         self._unflushed += size
         if self._unflushed > FLUSH and (self._flushed is None or self._flushed.done()):
             self._unflushed = 0
@@ -208,6 +219,20 @@ class SafetensorsWriter:
         missing = next(self._expected, None)
         if kind is None and missing is not None:
             raise CheckpointError(f"tensor '{missing.name}' was announced but never written")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Make sure that a disk can take what is about to be written.
+
+    Raises:
+        CheckpointError: ``needed`` bytes do not fit into what is free for this user.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"no space for it in {folder}: {needed:,} bytes are needed ({needed / 2**30:.2f} GiB), "
+            f"{free:,} are free ({free / 2**30:.2f} GiB)"
+        )
 
 
 @contextmanager

@@ -1,6 +1,8 @@
-"""The hub: Axolotl pushes the latents, before they can be packed; the packed model follows in one commit.
+"""The hub: Axolotl pushes the latents, before anything can be made of them; the artifacts follow in one
+commit.
 
-``packed/`` lies beside the latents in the same repository, with the ``bitnet.json`` that it was verified by.
+They lie beside the latents in the same repository, with the ``bitnet.json`` that they were verified by and
+the model card that says how to run them.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..checkpoint.artifacts import PACKED
+from ..checkpoint.formats import FOLDERS
 from ..checkpoint.verify import RUN_FILE
+from .card import CARD
 
 LOG = logging.getLogger("axolotl.bitnet")
+
+_PATTERNS = [f"{folder}/*" for folder in FOLDERS]
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,8 @@ def repository_of(trainer: Any) -> Repository | None:
 
 @contextmanager
 def published(output_dir: str | Path, repository: Repository | None) -> Iterator[None]:
-    """Push the artifacts that the body makes; if it fails, take an earlier run's from the repository.
-
-    Its latents are this run's already, and must not stand beside another run's packed model.
+    """Push the artifacts that the body makes, those that it made before it failed too; and take an earlier
+    run's from the repository, whose latents are this run's already.
     """
     try:
         yield
@@ -50,7 +54,7 @@ def published(output_dir: str | Path, repository: Repository | None) -> Iterator
             try:
                 _push(Path(output_dir), repository)
             except Exception as error:
-                LOG.error("%s may still hold an earlier run's %s: %s", repository.name, PACKED, error)
+                LOG.error("%s may still hold an earlier run's artifacts: %s", repository.name, error)
         raise
     if repository is None:
         return
@@ -59,27 +63,31 @@ def published(output_dir: str | Path, repository: Repository | None) -> Iterator
     except Exception:
         where = f" --revision {repository.revision}" if repository.revision else ""
         LOG.error(
-            "the packed model could not be pushed; it is complete in %s. To push it, run: "
-            "hf upload %s %s .%s --include '%s/*' --include %s --delete '%s/*'",
-            Path(output_dir) / PACKED,
+            "the artifacts could not be pushed; they are complete in %s. To push them, run: "
+            "hf upload %s %s .%s %s",
+            output_dir,
             repository.name,
             output_dir,
             where,
-            PACKED,
-            RUN_FILE,
-            PACKED,
+            " ".join(
+                [
+                    *(f"--include '{pattern}'" for pattern in _PATTERNS),
+                    *(f"--include {name}" for name in (RUN_FILE, CARD)),
+                    *(f"--delete '{pattern}'" for pattern in _PATTERNS),
+                ]
+            ),
         )
         raise
 
 
 def _push(output_dir: Path, repository: Repository) -> None:
-    """One commit: the repository's packed model becomes the folder's, or none where the folder has none."""
+    """One commit: the repository's artifacts become the folder's, or none where the folder has none."""
     HfApi().upload_folder(
         repo_id=repository.name,
         folder_path=output_dir,
-        allow_patterns=[f"{PACKED}/*", RUN_FILE],
-        delete_patterns=[f"{PACKED}/*"],
-        commit_message="Packed ternary model",
+        allow_patterns=[*_PATTERNS, RUN_FILE, CARD],
+        delete_patterns=_PATTERNS,
+        commit_message="Ternary model",
         revision=repository.revision,
         token=repository.token,
     )

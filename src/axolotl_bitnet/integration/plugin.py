@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from axolotl.integrations.base import BasePlugin
 
-from ..checkpoint.artifacts import PACKED, finish_run, set_aside, weight_bytes
+from ..checkpoint.artifacts import set_aside
 from ..checkpoint.stream import CheckpointError, CheckpointReader
 from ..convert import CONFIG_KEY, convert_to_bitlinear
 from ..fingerprint import Fingerprint, fingerprint_model
@@ -27,7 +27,8 @@ from ..training.latents import match_reference, restore_low_bits, ternary_name_p
 from .args import BitNetConfig
 from .base_model import check_base, holds_latents, local_folder
 from .commands import refuse_dense_reference
-from .hub import Repository, published, repository_of
+from .finish import export_run
+from .hub import Repository, repository_of
 from .references import key_precomputed_references, refuse_dense_judges, settle_reference
 from .resume import (
     TernaryRun,
@@ -195,31 +196,7 @@ class BitNetPlugin(BasePlugin):
             return
         trained, self._trained = self._trained, None
         if _is_main_process():
-            with published(cfg.output_dir, self._repository):
-                self._finish(Path(cfg.output_dir), trained, _options(cfg))
-
-    def _finish(self, output_dir: Path, trained: Fingerprint, options: BitNetConfig) -> None:
-        try:
-            report = finish_run(output_dir, trained, options.export, options.verify)
-        except Exception:
-            LOG.error(
-                "the ternary model could not be exported; what was trained is saved in %s. When the cause is "
-                "mended, run: axolotl bitnet pack %s %s",
-                output_dir,
-                output_dir,
-                output_dir / PACKED,
-            )
-            raise
-        if options.export:
-            latents, packed = weight_bytes(output_dir), weight_bytes(output_dir / PACKED)
-            _info(
-                "packed %.1f MiB of latents into %.1f MiB: %s",
-                latents / 2**20,
-                packed / 2**20,
-                output_dir / PACKED,
-            )
-        if options.verify:
-            _info("%s", report.summary())
+            export_run(Path(cfg.output_dir), trained, _options(cfg), self._repository)
 
 
 def _gathering(cfg: Any, trainer: Any) -> list[Any]:

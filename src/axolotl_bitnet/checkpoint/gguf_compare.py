@@ -1,0 +1,40 @@
+"""The tokenizer in a GGUF file's metadata, held against the files that it would be written from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .gguf_llama import EMBEDDING
+from .gguf_reader import GGUFCheckpoint
+from .gguf_tokenizer import Vocabulary, read_vocabulary
+from .source import TernaryCheckpoint
+from .verdict import Check
+
+_PARTS = {"tokens": "tokens", "types": "token_type", "merges": "merges"}
+
+
+def compare_vocabulary(artifact: GGUFCheckpoint, reference: TernaryCheckpoint) -> Check:
+    """Tokens, merges, scores, special tokens and chat templates, exactly."""
+    vocabulary = read_vocabulary(reference.companions, artifact.entries[EMBEDDING].shape[0])
+    expected = _as_metadata(vocabulary)
+    names = ("tokenizer.ggml.", "tokenizer.chat_template")
+    ours = {key: value for key, value in artifact.metadata.items() if key.startswith(names)}
+    ours.pop("tokenizer.chat_templates", None)  # the names of those that follow
+    found = [f"{key} is missing" for key in sorted(expected.keys() - ours.keys())]
+    found += [f"{key} was not there in training" for key in sorted(ours.keys() - expected.keys())]
+    found += [f"{key} differs" for key in sorted(ours.keys() & expected.keys()) if ours[key] != expected[key]]
+    return Check("tokenizer", f"{len(expected)} entries of metadata, exact", found)
+
+
+def _as_metadata(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The keys under which llama.cpp reads a vocabulary."""
+    entries: dict[str, Any] = {"model": vocabulary.model, "pre": vocabulary.pre}
+    entries |= {name: values for part, name in _PARTS.items() if (values := getattr(vocabulary, part))}
+    if vocabulary.scores:
+        entries["scores"] = np.asarray(vocabulary.scores, dtype=np.float32).tolist()
+    found = {f"tokenizer.ggml.{name}": value for name, value in (entries | vocabulary.numbers).items()}
+    for name, text in vocabulary.templates.items():
+        found["tokenizer.chat_template" + ("" if name == "default" else f".{name}")] = text
+    return found

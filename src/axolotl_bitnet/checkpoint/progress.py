@@ -1,0 +1,38 @@
+"""How far a long work has come. Who writes or reads announces it here; who wants to show it listens.
+
+With nobody listening it costs nothing, and no writer has to hand a callback on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+Advance = Callable[[int], None]
+"""Takes the number of bytes done since it was last called, from any thread."""
+
+Listener = Callable[[str, int], Advance]
+"""Takes what begins ("writing model.safetensors") and its size in bytes."""
+
+_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Within, ``listener`` is told of every work that begins."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+def begin(what: str, total: int) -> Advance:
+    """Announce work of ``total`` bytes; returns what to call as they are done."""
+    listener = _LISTENER.get()
+    return listener(what, total) if listener is not None else _unheard
+
+
+def _unheard(count: int) -> None:
+    pass

@@ -1,0 +1,150 @@
+"""The model card: how to run each artifact, below what Axolotl wrote.
+
+Our part of README.md stands between two marks, and is replaced, not added to, when there is another run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from ..checkpoint.formats import FORMATS
+from ..checkpoint.verify import RUN_FILE
+
+CARD = "README.md"
+_BEGIN, _END = "<!-- axolotl-bitnet: begin -->", "<!-- axolotl-bitnet: end -->"
+_OURS = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTALL)
+_TAGS = ("bitnet", "ternary", "1.58-bit")
+_EMPTY = "---\nlibrary_name: transformers\n---\n"
+
+
+def write_card(output_dir: str | Path, artifacts: Sequence[str], repository: str | None) -> None:
+    """Write how to run the artifacts into the folder's README.md, and tags into its metadata.
+
+    Args:
+        output_dir: a run's folder. Where Axolotl left no README.md, one is made.
+        artifacts: names of :data:`~axolotl_bitnet.checkpoint.formats.FORMATS`; with none, an earlier run's
+            part is taken out.
+        repository: where they will be on the hub; None for a run that does not push.
+    """
+    path = Path(output_dir) / CARD
+    if not artifacts and not path.exists():
+        return
+    written = path.read_text(encoding="utf-8") if path.exists() else _EMPTY
+    card = ModelCard(_OURS.sub("\n", written), ignore_metadata_errors=True)
+    if artifacts:
+        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *_TAGS]))
+        section = _section(Path(output_dir), artifacts, repository)
+        card.text = f"{card.text.rstrip()}\n\n{_BEGIN}\n{section}\n{_END}\n"
+    card.save(path)
+
+
+def _section(output_dir: Path, artifacts: Sequence[str], repository: str | None) -> str:
+    """Markdown. Commands name paths below a download of the repository, or below the run's folder."""
+    root = "model" if repository else output_dir.as_posix()
+    lines = [
+        "## Ternary (1.58-bit) weights",
+        "",
+        "The weights beside this file are *latents*, to be trained further: loaded as they are they make "
+        "another, dense model. To run the ternary model, take one of these:",
+        "",
+        "| folder or file | format |",
+        "|---|---|",
+        *(f"| `{FORMATS[name].path}` | {FORMATS[name].title} |" for name in artifacts),
+    ]
+    if repository:
+        folders = dict.fromkeys(FORMATS[name].folder for name in artifacts)
+        includes = " ".join(f"--include '{folder}/*'" for folder in folders)
+        lines += ["", "```bash", f"hf download {repository} {includes} --local-dir {root}", "```"]
+    for name in artifacts:
+        lines += ["", *_HOW[name](f"{root}/{FORMATS[name].path}")]
+    lines += [
+        "",
+        f"`{RUN_FILE}` holds the fingerprint of what trained: every code and every scale of these files can "
+        "be checked against it with [axolotl-bitnet](https://pypi.org/project/axolotl-bitnet/):",
+        "",
+        "```bash",
+        *([f"hf download {repository} --local-dir {root}"] if repository else []),
+        *(f"axolotl bitnet verify {root}/{FORMATS[name].path}" for name in artifacts),
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def _packed(path: str) -> list[str]:
+    return [
+        "### Packed, in transformers",
+        "",
+        *_transformers(path),
+        "",
+        "Transformers compiles its unpacking, which needs a C++ compiler; `TORCH_COMPILE_DISABLE=1` does "
+        "without.",
+    ]
+
+
+def _gguf(path: str) -> list[str]:
+    title = f"### {Path(path).name}, in llama.cpp"
+    return [title, "", "```bash", f'llama-cli -m {path} -p "The capital of France is" -n 64', "```"]
+
+
+def _dense(path: str) -> list[str]:
+    return [
+        "### Dense bfloat16, in vLLM, SGLang and transformers",
+        "",
+        "The same weights, `codes / scale`; activations are not quantized, so answers are near the ternary "
+        "model's, not equal.",
+        "",
+        "```bash",
+        f"vllm serve {path} --dtype bfloat16",
+        "```",
+        "",
+        *_transformers(path),
+    ]
+
+
+def _mlx(path: str) -> list[str]:
+    return [
+        "### MLX, in mlx-lm",
+        "",
+        "```bash",
+        f'mlx_lm.generate --model {path} --prompt "The capital of France is" --max-tokens 64',
+        "```",
+    ]
+
+
+def _w8a8(path: str) -> list[str]:
+    return [
+        "### W8A8 (compressed-tensors)",
+        "",
+        "int8 codes, a scale a tensor, 8-bit activations. Needs the package `compressed-tensors`.",
+        "",
+        *_transformers(path),
+        "",
+        "```bash",
+        f"vllm serve {path}",
+        "```",
+    ]
+
+
+def _transformers(path: str) -> list[str]:
+    return [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{path}", dtype="auto")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{path}")',
+        "```",
+    ]
+
+
+_HOW = {
+    "packed": _packed,
+    "gguf-tq2_0": _gguf,
+    "gguf-tq1_0": _gguf,
+    "dense": _dense,
+    "mlx": _mlx,
+    "w8a8": _w8a8,
+}

@@ -124,9 +124,8 @@ def test_disk_full_while_packing(
     assert count == calls + 1
     assert left_in(tmp_path) == SAVED | {RUN_FILE}
     assert (tmp_path / SINGLE).read_bytes() == weights
-    assert read_json(tmp_path / RUN_FILE)["artifacts"] == {
-        "packed": {"verified": False, "error": "[Errno 28] No space left on device"}
-    }
+    verdict = read_json(tmp_path / RUN_FILE)["artifacts"].pop("packed")
+    assert verdict["verified"] is False and "No space left on device" in verdict["error"]
     assert finish_run(tmp_path, trained, ["packed"], verify=True).ok  # once there is space
 
 

@@ -3,6 +3,7 @@ model."""
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from ..ternary import abs_sum, absmean, codes_of, scale_of
 from .source import TernaryCheckpoint, is_dense, read_plan
 from .stream import CheckpointError, CheckpointReader, read_json
 from .threads import parallel_map, row_ranges
+
+LOG = logging.getLogger(__name__)
 
 COMPANIONS = (
     "tokenizer*",
@@ -31,6 +34,9 @@ COMPANIONS = (
 )
 """Files beside the weights that make a folder a usable model (glob patterns, files only)."""
 
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+"""One of them is in every folder with a tokenizer."""
 
 MORE_TEMPLATES = "additional_chat_templates"
 """Folder beside them, where a tokenizer has several chat templates."""
@@ -99,7 +105,12 @@ class LatentCheckpoint(TernaryCheckpoint):
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat template, generation config and the like; returns the names copied."""
+    """Copy tokenizer, chat template, generation config and the like; returns the names copied.
+
+    A folder without a tokenizer is a model all the same, so that is a warning.
+    """
+    if not any((source / name).is_file() for name in TOKENIZERS):
+        LOG.warning("%s holds no tokenizer: what is written has none either; copy its files there", source)
     names = sorted({path.name for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
     for name in names:
         shutil.copyfile(source / name, target / name)

@@ -19,6 +19,7 @@ from ..convert import Plan
 from ..ops import pack_codes, unpack_codes
 from ..plain import ROWS_PER_BYTE
 from .latent import copy_companions
+from .shapes import require_shapes
 from .source import TernaryCheckpoint, read_plan
 from .stream import (
     SINGLE,
@@ -63,6 +64,7 @@ def pack_checkpoint(
     source, target = latents.folder.resolve(), Path(dst).resolve()
     if target == source or target in source.parents:
         raise CheckpointError(f"{dst} would replace the latents in {src}: name another folder")
+    require_shapes(latents)
     ternary = {key: name for name, key in latents.keys.items()}
     entries: list[Entry] = []
     for entry in latents.entries.values():

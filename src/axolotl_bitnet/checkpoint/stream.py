@@ -55,6 +55,8 @@ REMEDIES = {
     errno.EROFS: "the disk is read-only: name another folder",
     errno.EACCES: "its folder may not be written by you: name another one",
     errno.EPERM: "its folder may not be written by you: name another one",
+    errno.ENOTDIR: "a part of this path is a file: name another folder",
+    errno.EEXIST: "a part of this path is a file: name another folder",
     errno.EIO: "the disk failed: name a folder on another one",
 }
 
@@ -236,6 +238,22 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Within, an error of the disk says what could not be written and what to do.
+
+    Raises:
+        CheckpointError: instead of such an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        remedy = REMEDIES[error.errno]
+        raise CheckpointError(f"{target} cannot be written ({error.strerror}): {remedy}") from error
+
+
+@contextmanager
 def whole_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder that appears at ``target`` when everything in it is written, and not at all on an error.
 
@@ -249,25 +267,16 @@ def whole_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     target = Path(target)
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} exists: name another folder, or overwrite it (--overwrite)")
-    try:
+    with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    work.chmod(0o755)  # mkdtemp's 0700 would travel with the model
-    try:
-        yield work
-        _replace_folder(target, work)
-    except BaseException as error:
-        shutil.rmtree(work, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in REMEDIES:
-            raise _unwritable(target, error) from error
-        raise
-
-
-def _unwritable(target: Path, error: OSError) -> CheckpointError:
-    remedy = REMEDIES.get(error.errno or 0, "name another folder")
-    return CheckpointError(f"{target} cannot be written ({error.strerror}): {remedy}. Nothing is left of it")
+        try:
+            work.chmod(0o755)  # mkdtemp's 0700 would travel with the model
+            yield work
+            _replace_folder(target, work)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 def _replace_folder(target: Path, work: Path) -> None:

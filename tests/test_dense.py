@@ -290,3 +290,33 @@ def test_targets(tmp_path: Path) -> None:
 
 def test_public_name() -> None:
     assert axolotl_bitnet.revert_checkpoint is revert_checkpoint
+
+
+@pytest.mark.slow
+def test_axolotl_trains_on_from_a_revert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At a rate too low to flip a code, what is packed is what was reverted. Then a dense run, not warned of."""
+    pytest.importorskip("axolotl.cli")
+    from runs import TINY, config, train
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(3)
+    latents, tokenizer = tmp_path / "latents", AutoTokenizer.from_pretrained(TINY / "model")
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY / "model"))
+    convert_to_bitlinear(model)
+    model.save_pretrained(latents)
+    tokenizer.save_pretrained(latents)
+    dense = revert_checkpoint(latents, tmp_path / "dense")
+
+    with caplog.at_level("INFO"):
+        run = train(config(tmp_path, dense, learning_rate=1e-9, max_steps=2))
+    assert len(run.losses) == 2 and "base was dense ternary" in caplog.text
+    packed = open_checkpoint(tmp_path / "out" / "packed")
+    assert packed.fingerprint() == open_checkpoint(latents).fingerprint()
+    assert "format" not in read_json(tmp_path / "out" / "config.json")[CONFIG_KEY]
+
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        train(
+            config(tmp_path, dense, use_onebitllms=None, max_steps=1, output_dir=str(tmp_path / "dense out"))
+        )
+    assert "holds the latents" not in caplog.text

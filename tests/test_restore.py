@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import TINY
 from safetensors.torch import load_file, save_file
 from stored import IDS, Build, by_hand, codes_and_scales, edit, edit_config, save, trained
 from torch import Tensor, nn
@@ -248,7 +249,34 @@ def test_tensors_of_other_dtypes_are_kept(tiny_model: Build, tmp_path: Path) -> 
     assert tensors["model.norm.weight"].dtype == torch.float32
     assert torch.equal(tensors["model.embed_tokens.weight"], embedding)
     assert tensors["model.embed_tokens.weight"].dtype == torch.float16
-    assert read_json(restored / "config.json")["dtype"] == "float32"  # bfloat16 would lose bits
+    assert read_json(restored / "config.json")["dtype"] == "bfloat16"  # as the source's
+    edit_config(source, lambda config: (config.pop("dtype"), config.update(torch_dtype="float16")))
+    restore_latents(source, restored, overwrite=True)
+    config = read_json(restored / "config.json")
+    assert config["dtype"] == "float32" and "torch_dtype" not in config
+
+
+@pytest.mark.parametrize("kind", ["tq2_0", "tq1_0"])
+def test_from_gguf(tiny_model: Build, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    from transformers import AutoTokenizer
+
+    from axolotl_bitnet.checkpoint.gguf import export_gguf
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    size = -(-len(tokenizer) // 4) * 4
+    model = tiny_model("Llama", vocab_size=size, hidden_size=256, intermediate_size=260, head_dim=64)
+    convert_to_bitlinear(model)
+    latents = save(model, tmp_path / "latents")
+    (latents / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(latents)
+    (tmp_path / "gguf").mkdir()
+    file = export_gguf(latents, tmp_path / "gguf" / "model.gguf", type=kind)
+    restored = restore_latents(file, tmp_path / "restored")
+    assert LatentCheckpoint(restored).fingerprint() == LatentCheckpoint(latents).fingerprint()
+    packed = pack_checkpoint(restored, tmp_path / "packed")
+    direct = pack_checkpoint(latents, tmp_path / "direct")
+    assert (packed / SINGLE).read_bytes() == (direct / SINGLE).read_bytes()
 
 
 # Scales that latents cannot carry

@@ -193,7 +193,7 @@ def latents_of(codes: Tensor, s: Tensor) -> Tensor:
 
 def _quantizes_to(latents: Tensor, codes: Tensor, s: Tensor) -> bool:
     """Whether :func:`ternarize` gives these codes and scale; by blocks of rows, to bound the copies."""
-    step = max(1, (1 << 20) // max(1, latents.shape[1]))
+    step = _rows_at_a_time(codes)
     total = torch.stack([abs_sum(block) for block in latents.split(step)]).sum()
     g = absmean(total, latents.numel())
     scale = scale_of(g)
@@ -203,12 +203,17 @@ def _quantizes_to(latents: Tensor, codes: Tensor, s: Tensor) -> bool:
     )
 
 
+def _rows_at_a_time(matrix: Tensor) -> int:
+    return max(1, (1 << 20) // max(1, matrix.shape[1]))
+
+
 def _two_magnitudes(codes: Tensor, low: Tensor, high: Tensor, raised: int) -> Tensor:
     """``codes * low``, with the first ``raised`` non-zero elements ``codes * high`` instead, in bfloat16."""
     latents = codes.to(torch.bfloat16).mul_(low.to(codes.device))
-    per_row = codes.count_nonzero(dim=1).cumsum(0)
+    blocks = codes.split(_rows_at_a_time(codes))
+    per_row = torch.cat([block.count_nonzero(dim=1) for block in blocks]).cumsum(0)
     whole_rows = int((per_row <= raised).sum())
-    latents[:whole_rows] = codes[:whole_rows].to(torch.bfloat16) * high.to(codes.device)
+    latents[:whole_rows].copy_(codes[:whole_rows]).mul_(high.to(codes.device))
     if whole_rows < codes.shape[0]:
         rest = raised - (int(per_row[whole_rows - 1]) if whole_rows else 0)
         columns = codes[whole_rows].nonzero().flatten()[:rest]

@@ -75,7 +75,7 @@ def _open(path: Path) -> TernaryCheckpoint:
     if (path / "config.json").is_file():
         config = read_json(path / "config.json")
         if not config.keys() & {CONFIG_KEY, "quantization_config", "quantization"}:
-            return open_foreign_dense(path)
+            return open_foreign_dense(path)  # not for open_checkpoint: it reads the whole model to find out
     return open_checkpoint(path)
 
 
@@ -100,9 +100,7 @@ class _LatentLayout(Layout):
 
 
 def _latent_config(source: TernaryCheckpoint) -> Mapping[str, Any]:
-    """``dtype`` as what is stored: bfloat16, unless a tensor needs more."""
-    ternary = set(source.keys.values())
-    others = {entry.dtype for key, entry in source.entries.items() if key not in ternary}
-    plain = {dtype for dtype in others if dtype.is_floating_point} <= {torch.bfloat16}
+    """In the source's dtype, but for float16, whose range is too small for latents."""
+    dtype = source.config.get("dtype") or source.config.get("torch_dtype")
     kept = {key: value for key, value in source.config.items() if key != "torch_dtype"}
-    return kept | {"dtype": "bfloat16" if plain else "float32"}
+    return kept | {"dtype": "float32" if dtype in ("float16", "float32") else "bfloat16"}

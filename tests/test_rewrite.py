@@ -1,0 +1,99 @@
+"""What the folder formats share: little memory, whole folders, no source lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from stored import by_hand
+
+import axolotl_bitnet
+from axolotl_bitnet.checkpoint.formats import open_checkpoint
+from axolotl_bitnet.checkpoint.packed import pack_checkpoint
+from axolotl_bitnet.checkpoint.rewrite import Layout, rewrite
+from axolotl_bitnet.checkpoint.stream import SINGLE, CheckpointError, Entry, SafetensorsWriter, write_json
+from axolotl_bitnet.convert import CONFIG_KEY
+
+MEMORY = """
+import importlib, sys
+import torch
+module, function, source, target = sys.argv[1:]
+write = getattr(importlib.import_module(f"axolotl_bitnet.checkpoint.{module}"), function)
+import axolotl_bitnet.checkpoint.formats
+
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+torch.set_num_threads(2)
+before = status("VmRSS")
+write(source, target)
+print(status("VmHWM") - before)  # the peak of this process; ru_maxrss would start from its parent's
+"""
+SIDE, LAYERS = 4096, 6
+WRITERS = {"dense": "revert_checkpoint", "mlx": "export_mlx", "restore": "restore_latents"}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six ternary and three dense matrices of 16 Mi elements, packed."""
+    torch.manual_seed(3)
+    root = tmp_path_factory.mktemp("large")
+    matrix = torch.randn(SIDE, SIDE, dtype=torch.bfloat16)
+    layers = [f"model.layers.{index}.proj" for index in range(LAYERS)]
+    names = [f"dense.{index}.weight" for index in range(3)] + [f"{layer}.weight" for layer in layers]
+    (root / "latents").mkdir()
+    with SafetensorsWriter(
+        root / "latents" / SINGLE, [Entry(name, matrix.dtype, matrix.shape) for name in names]
+    ) as writer:
+        for name in names:
+            writer.write(name, matrix)
+    write_json(root / "latents" / "config.json", {CONFIG_KEY: {"converted": layers, "dense": ["lm_head"]}})
+    return pack_checkpoint(root / "latents", root / "packed")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("module", WRITERS)
+def test_writing_needs_little_memory(large: Path, tmp_path: Path, module: str) -> None:
+    """Twice the largest tensor and some slack."""
+    package = str(Path(axolotl_bitnet.__file__).parents[1])
+    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, module, WRITERS[module], str(large), str(tmp_path / "out")],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    peak, largest = int(done.stdout), SIDE * SIDE * 2
+    print(f"{module}: peak {peak / 2**20:.0f} MiB, largest {largest / 2**20:.0f} MiB")
+    assert largest / 8 < peak, "nothing was measured"
+    assert peak < 2 * largest + 300 * 2**20
+    written, source = open_checkpoint(tmp_path / "out"), open_checkpoint(large)
+    assert (
+        written.fingerprint().tensors[f"model.layers.{LAYERS - 1}.proj"]
+        == (source.fingerprint().tensors[f"model.layers.{LAYERS - 1}.proj"])
+    )
+
+
+class Wrong(Layout):
+    """Announces one tensor, and writes none."""
+
+    def entries(self, weight: Entry) -> list[Entry]:
+        return [Entry(weight.name, torch.int8, weight.shape)]
+
+    def tensors(self, weight: Entry, codes: torch.Tensor, s: torch.Tensor) -> list[torch.Tensor]:
+        raise ValueError("no room for it")
+
+
+def test_a_layout_that_cannot(tmp_path: Path) -> None:
+    source = open_checkpoint(by_hand(tmp_path / "latents", {"a": torch.randn(4, 4)}))
+    with pytest.raises(CheckpointError, match=r"latents: 'a\.weight': no room for it"):
+        rewrite(source, tmp_path / "out", Wrong(), source.config)
+    assert [path.name for path in tmp_path.iterdir()] == ["latents"]

@@ -41,7 +41,7 @@ class ForeignPackedCheckpoint(TernaryCheckpoint):
         path = self.folder / "config.json"
         config = read_json(path)
         quantization = config.pop("quantization_config", None) or {}
-        self._multiplies = _multiplies(quantization, config, path)
+        self._multiplies = multiplies(quantization, config, path)
         self._reader = CheckpointReader(self.folder)
         stored = self._reader.entries
         packed = [
@@ -150,7 +150,12 @@ def with_names(config: Mapping[str, Any], names: Plan) -> dict[str, Any]:
     return kept | {CONFIG_KEY: entry}
 
 
-def _multiplies(quantization: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> bool:
+def multiplies(quantization: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> bool:
+    """Whether a packed model's layers multiply by weight_scale, rather than divide.
+
+    Raises:
+        CheckpointError: they do neither, or more than that.
+    """
     if quantization.get("quant_method") != "bitnet":
         raise CheckpointError(f"{path} is not a packed BitNet model's (quant_method bitnet)")
     if quantization.get("use_rms_norm"):

@@ -125,9 +125,12 @@ def open_checkpoint(path: str | Path) -> TernaryCheckpoint:
 
 
 def format_of(checkpoint: TernaryCheckpoint) -> str:
-    """What a model that was opened is called in :data:`FORMATS`; "latents" if it is no artifact."""
+    """What a model that was opened is called in :data:`FORMATS`; or "latents", or "foreign": packed by
+    others."""
+    if isinstance(checkpoint, LatentCheckpoint):
+        return "latents"
     reader = type(checkpoint).__name__
-    return next((name for name, entry in FORMATS.items() if entry.reader == reader), "latents")
+    return next((name for name, entry in FORMATS.items() if entry.reader == reader), "foreign")
 
 
 def _gguf_in(path: Path) -> Path | None:

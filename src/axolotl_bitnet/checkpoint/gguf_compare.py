@@ -1,12 +1,14 @@
-"""The tokenizer in a GGUF file's metadata, held against the files that it would be written from."""
+"""A GGUF file's metadata, which is all that llama.cpp knows of config and tokenizer, held against the files
+that it would be written from."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
 
-from .gguf_llama import EMBEDDING
+from . import gguf_llama as llama
 from .gguf_reader import GGUFCheckpoint
 from .gguf_tokenizer import Vocabulary, read_vocabulary
 from .source import TernaryCheckpoint
@@ -15,9 +17,25 @@ from .verdict import Check
 _PARTS = {"tokens": "tokens", "types": "token_type", "merges": "merges"}
 
 
+def computed_otherwise(artifact: GGUFCheckpoint, reference: TernaryCheckpoint) -> list[str]:
+    """Where llama.cpp would compute another model than the reference's config describes."""
+    expected = llama.metadata_of(llama.architecture_of(reference.config), reference.config)
+    found = []
+    for key, value in expected.items():
+        wanted = float(np.float32(value)) if isinstance(value, float) else value
+        if artifact.metadata.get(key) != wanted:
+            found.append(f"config: {key} is {artifact.metadata.get(key)}, trained {value}")
+    ours, theirs = artifact.rope_factors(), llama.rope_factors(reference.config)
+    if (ours is None) != (theirs is None) or (
+        ours is not None and theirs is not None and not torch.equal(ours, theirs)
+    ):
+        found.append(f"config: {llama.ROPE_FREQS} differs from what rope_parameters say")
+    return found
+
+
 def compare_vocabulary(artifact: GGUFCheckpoint, reference: TernaryCheckpoint) -> Check:
     """Tokens, merges, scores, special tokens and chat templates, exactly."""
-    vocabulary = read_vocabulary(reference.companions, artifact.entries[EMBEDDING].shape[0])
+    vocabulary = read_vocabulary(reference.companions, artifact.entries[llama.EMBEDDING].shape[0])
     expected = _as_metadata(vocabulary)
     names = ("tokenizer.ggml.", "tokenizer.chat_template")
     ours = {key: value for key, value in artifact.metadata.items() if key.startswith(names)}

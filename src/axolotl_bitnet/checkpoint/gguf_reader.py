@@ -32,7 +32,7 @@ class GGUFCheckpoint(TernaryCheckpoint):
     Files written here carry the trained model's config. Of others it is rebuilt from the metadata, as far as
     llama.cpp keeps it, and the ternary layers are those stored as TQ1_0 or TQ2_0 with one scale a tensor.
 
-    ``folder`` is the file, ``companions`` the folder that it lies in. Of others' files the config is not whole.
+    ``folder`` is the file, ``companions`` the folder that it lies in. Others' files have no whole config.
 
     Raises:
         CheckpointError: no GGUF file, a damaged one, no ternary layers, or an unknown architecture.
@@ -73,13 +73,13 @@ class GGUFCheckpoint(TernaryCheckpoint):
             self.names = read_plan(embedded, file)
         self.keys = {name: f"{self.names.stem(name, self._names)}.weight" for name in self.names.converted}
         for name, key in self.keys.items():
-            if key not in self._names or self._kind(key).lower() not in (*BLOCK_BYTES, "f16"):
+            if key not in self._names or self.kind(key).lower() not in (*BLOCK_BYTES, "f16"):
                 raise CheckpointError(f"{file}: layer '{name}' is not stored as ternary codes")
         ternary = set(self.keys.values())
         self.entries = {
             key: Entry(
                 key,
-                torch.bfloat16 if key in ternary else _DTYPES.get(self._kind(key), torch.float32),
+                torch.bfloat16 if key in ternary else _DTYPES.get(self.kind(key), torch.float32),
                 stored[name].shape,
             )
             for key, name in self._names.items()
@@ -87,7 +87,7 @@ class GGUFCheckpoint(TernaryCheckpoint):
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         key = self.keys[name]
-        kind, shape = self._kind(key).lower(), self.entries[key].shape
+        kind, shape = self.kind(key).lower(), self.entries[key].shape
         data = torch.from_numpy(self._header.read(self._names[key]))
         codes = torch.empty(shape, dtype=torch.int8)
         order = llama.row_order(self._architecture, self._shape, key)
@@ -107,8 +107,14 @@ class GGUFCheckpoint(TernaryCheckpoint):
         """All that the file says beside its tensors."""
         return self._header.metadata
 
+    def rope_factors(self) -> Tensor | None:
+        """What llama.cpp divides the frequencies of its positions by, float32; None if by nothing."""
+        if llama.ROPE_FREQS not in self._header.tensors:
+            return None
+        return torch.from_numpy(self._header.read(llama.ROPE_FREQS)).view(torch.float32).reshape(-1)
+
     def as_stored(self, key: str, tensor: Tensor) -> Tensor:
-        kind = self._kind(key)
+        kind = self.kind(key)
         if kind in _DTYPES:
             return tensor.to(_DTYPES[kind])
         gguf = library()
@@ -118,7 +124,7 @@ class GGUFCheckpoint(TernaryCheckpoint):
     def tensor(self, key: str) -> Tensor:
         if key not in self._names:
             raise CheckpointError(f"{self.folder} holds no tensor '{key}'")
-        kind, data = self._kind(key), self._header.read(self._names[key])
+        kind, data = self.kind(key), self._header.read(self._names[key])
         if kind in _DTYPES:
             tensor = torch.from_numpy(data).view(_DTYPES[kind])
         else:
@@ -131,13 +137,14 @@ class GGUFCheckpoint(TernaryCheckpoint):
         back[order] = tensor
         return back
 
-    def _kind(self, key: str) -> str:
+    def kind(self, key: str) -> str:
+        """llama.cpp's name of a tensor's type: "TQ2_0", "F32", ..."""
         return self._kinds[self._header.tensors[self._names[key]].kind]
 
     def _plan(self) -> Plan:
         """Which layers of a file from elsewhere are ternary: those that are stored so."""
         stems = [key.removesuffix(".weight") for key in self._names if key.endswith("proj.weight")]
-        converted = [stem for stem in stems if self._kind(f"{stem}.weight").lower() in BLOCK_BYTES]
+        converted = [stem for stem in stems if self.kind(f"{stem}.weight").lower() in BLOCK_BYTES]
         if not converted:
             raise CheckpointError(f"{self.folder} holds no ternary layers (TQ1_0 or TQ2_0)")
         return Plan(converted, [stem for stem in stems if stem not in converted] + ["lm_head"])

@@ -15,13 +15,17 @@ from ..convert import CONFIG_KEY, ConversionError, Plan, convert_to_bitlinear
 from ..ops import unpack_codes
 from ..plain import ROWS_PER_BYTE
 from ..preflight import NEVER_TERNARY
+from .foreign import multiplies
 from .formats import FORMATS, format_of, open_checkpoint
+from .gguf_blocks import BLOCK, BLOCK_BYTES
+from .gguf_reader import GGUFCheckpoint
 from .measure import Layer, measure, ternary_layer
 from .progress import begin
 from .source import TernaryCheckpoint, read_plan
 from .stream import CheckpointError, CheckpointReader, Entry, read_json
 
-NO_HEADS = ("lm_head", "embed_out", "score", "classifier", "embed")
+_GGUF_BITS = {"F16": 16.0} | {name.upper(): size * 8 / BLOCK for name, size in BLOCK_BYTES.items()}
+_NOT_LINEAR = ("lm_head", "embed_out", "score", "classifier", "embed")
 
 
 @dataclass
@@ -81,18 +85,23 @@ def _compressed(config: dict[str, Any]) -> bool:
 def _artifact(path: Path, checkpoint: TernaryCheckpoint) -> Inspection:
     """A format that only this package's readers know."""
     kind = format_of(checkpoint)
+    detail = FORMATS[kind].title
     ternary = set(checkpoint.keys.values())
-    size = _size(path)
+    size = _size(checkpoint.folder)
     rest = sum(entry.nbytes for key, entry in checkpoint.entries.items() if key not in ternary)
-    count = sum(checkpoint.entries[key].numel for key in ternary)
-    bits = max(0, size - rest) * 8 / count
-    layers = [
-        ternary_layer(name, bits, *checkpoint.codes(name))
-        for name in _told(checkpoint.names.converted, lambda name: checkpoint.entries[checkpoint.keys[name]])
-    ]
-    refused = [f"training: {path} is quantized ({kind}); `axolotl bitnet restore` makes latents of it"]
+    average = (size - rest) * 8 / sum(checkpoint.entries[key].numel for key in ternary)
+    bits = dict.fromkeys(ternary, average)
+    if isinstance(checkpoint, GGUFCheckpoint):
+        kinds = {key: checkpoint.kind(key) for key in sorted(ternary)}
+        kind, detail = "GGUF", ", ".join(sorted(set(kinds.values())))
+        detail += ", by axolotl-bitnet" if checkpoint.whole_config else ""
+        bits = {key: _GGUF_BITS[name] for key, name in kinds.items()}
+    layers = []
+    for name in _told(checkpoint.names.converted, lambda name: checkpoint.entries[checkpoint.keys[name]]):
+        layers.append(ternary_layer(name, bits[checkpoint.keys[name]], *checkpoint.codes(name)))
+    refused = [f"training: it is quantized ({kind}); `axolotl bitnet restore` makes latents of it"]
     packed = _packed_size(checkpoint.entries.values(), ternary)
-    return Inspection(str(path), kind, FORMATS[kind].title, layers, size, packed, refused)
+    return Inspection(str(path), kind, detail, layers, size, packed, refused)
 
 
 def _packed(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> Inspection:
@@ -104,11 +113,18 @@ def _packed(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> Ins
             f"{path} holds uint8 matrices of the quantization '{method.get('quant_method')}', which is not "
             "BitNet's"
         )
-    multiplies = method.get("linear_class") == "autobitlinear"
-    ours = CONFIG_KEY in config and not multiplies
+    refused = [
+        "training: it is packed to 2 bits, and training needs latents; `axolotl bitnet restore` makes them"
+    ]
+    try:
+        autobitlinear = multiplies(method, config, path / "config.json")
+    except CheckpointError as error:
+        autobitlinear = method.get("linear_class") == "autobitlinear"
+        refused.append(f"restoring: {error}")
+    ours = CONFIG_KEY in config and not autobitlinear
     detail = (
         "transformers' autobitlinear: multiplies by weight_scale"
-        if multiplies
+        if autobitlinear
         else ("transformers' bitlinear: divides by weight_scale" + (", by axolotl-bitnet" if ours else ""))
     )
     entries = reader.entries
@@ -116,14 +132,11 @@ def _packed(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> Ins
     layers = []
     for key in _told(keys, lambda key: entries[key]):
         stored = reader.tensor(f"{key}_scale").to(torch.float32).reshape(-1)[:1]
-        scale = (1 / stored if multiplies else stored).to(torch.bfloat16)
+        scale = (1 / stored if autobitlinear else stored).to(torch.bfloat16)
         layers.append(
             ternary_layer(key.removesuffix(".weight"), 2.0, unpack_codes(reader.tensor(key)), scale)
         )
     size = sum(entry.nbytes for entry in entries.values())
-    refused = [
-        "training: it is packed to 2 bits, and training needs latents; `axolotl bitnet restore` makes them"
-    ]
     return Inspection(str(path), "packed", detail, layers, size, size, refused)
 
 
@@ -215,7 +228,7 @@ def _on_meta(path: Path) -> Any:
 def _looks_linear(key: str) -> bool:
     name = key.removesuffix(".weight")
     last = name.rsplit(".", 1)[-1]
-    return key.endswith(".weight") and not any(word in last for word in NO_HEADS)
+    return key.endswith(".weight") and not any(word in last for word in _NOT_LINEAR)
 
 
 def _packed_size(entries: Any, ternary: set[str]) -> int:

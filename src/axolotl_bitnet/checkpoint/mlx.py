@@ -8,7 +8,7 @@ activations. Rows that are no multiple of 32 cannot be so cut: such a matrix is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,16 @@ def export_mlx(
     from .formats import open_checkpoint  # which knows this format too
 
     source = open_checkpoint(src)
-    if source.config.get("model_type") == "bitnet":
-        raise CheckpointError(
-            f"{src}: mlx-lm's `bitnet` architecture reads the packed layout only: use the packed folder"
-        )
+    refuse_architecture(source.config, src)
     return rewrite(source, dst, _MLXLayout(), _mlx_config(source), overwrite, check)
+
+
+def refuse_architecture(config: Mapping[str, Any], where: str | Path) -> None:
+    """Raise CheckpointError if mlx-lm has no such layers in a config's architecture."""
+    if config.get("model_type") == "bitnet":
+        raise CheckpointError(
+            f"{where}: mlx-lm's `bitnet` architecture reads the packed layout only: use the packed folder"
+        )
 
 
 def group_size(columns: int) -> int | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..convert import CONFIG_KEY
-from .gguf_compare import compare_vocabulary
+from .gguf_compare import compare_vocabulary, computed_otherwise
 from .gguf_llama import HEAD
 from .gguf_reader import GGUFCheckpoint
 from .latent import COMPANIONS, MORE_TEMPLATES
@@ -73,6 +73,8 @@ def compare_config(artifact: TernaryCheckpoint, reference: TernaryCheckpoint) ->
     if not artifact.whole_config:
         theirs = {key: value for key, value in theirs.items() if key in ours}
     found = list(_differences(ours, theirs))
+    if isinstance(artifact, GGUFCheckpoint):
+        found += computed_otherwise(artifact, reference)
     return Check("config", f"{len(ours)} keys, but for those of storage (dtype, version)", found)
 
 

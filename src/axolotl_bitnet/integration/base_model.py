@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from ..checkpoint.source import is_dense
 from ..checkpoint.stream import CheckpointError, read_json
 from ..convert import CONFIG_KEY, ConversionError, plan_conversion
+from .exports import refuse_exports
 
 
-def check_base(cfg: Any, skip_modules: list[str]) -> None:
+def check_base(cfg: Any, skip_modules: list[str], export: Sequence[str] = ()) -> None:
     """Refuse a base that cannot be trained ternary, before its weights are read.
 
     Raises:
         ConversionError: it is quantized already, or one of its layers cannot be converted; the message names
-        it.
+        it. Or one of the exports could not be made of it.
     """
     config = load_model_config(cfg)
     if config.model_type == "falcon" and cfg.fsdp_config:
@@ -43,6 +44,7 @@ def check_base(cfg: Any, skip_modules: list[str]) -> None:
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         with torch.device("meta"):
             plan_conversion(AutoModelForCausalLM.from_config(config), skip_modules)
+    refuse_exports(cfg, config, local_folder(cfg), export)
 
 
 def holds_latents(cfg: Any) -> bool:

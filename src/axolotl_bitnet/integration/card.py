@@ -60,7 +60,7 @@ def _section(output_dir: Path, artifacts: Sequence[str], repository: str | None)
         includes = " ".join(f"--include '{folder}/*'" for folder in folders)
         lines += ["", "```bash", f"hf download {repository} {includes} --local-dir {root}", "```"]
     for name in artifacts:
-        lines += ["", *_HOW[name](f"{root}/{FORMATS[name].path}")]
+        lines += ["", *HOW[name](f"{root}/{FORMATS[name].path}")]
     lines += [
         "",
         f"`{RUN_FILE}` holds the fingerprint of what trained: every code and every scale of these files can "
@@ -140,7 +140,7 @@ def _transformers(path: str) -> list[str]:
     ]
 
 
-_HOW = {
+HOW = {  # by format
     "packed": _packed,
     "gguf-tq2_0": _gguf,
     "gguf-tq1_0": _gguf,

@@ -69,7 +69,7 @@ class BitNetPlugin(BasePlugin):
                 )
             return
         options = _options(cfg)
-        check_base(cfg, options.skip_modules)
+        check_base(cfg, options.skip_modules, options.export)
         self._resumed, warning = settle(cfg)
         if warning:
             _warn(warning)

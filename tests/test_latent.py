@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partialmethod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from axolotl_bitnet.checkpoint import latent, source
 from axolotl_bitnet.checkpoint.latent import LatentCheckpoint, copy_companions
 from axolotl_bitnet.checkpoint.source import read_plan
-from axolotl_bitnet.checkpoint.stream import SINGLE, CheckpointError, CheckpointReader, read_json, write_json
+from axolotl_bitnet.checkpoint.stream import SINGLE, CheckpointError, read_json, write_json
+from axolotl_bitnet.checkpoint.threads import row_ranges
 from axolotl_bitnet.convert import CONFIG_KEY, Plan, convert_to_bitlinear
 from axolotl_bitnet.fingerprint import fingerprint_model
 from axolotl_bitnet.ternary import ternarize
@@ -47,9 +49,8 @@ def test_codes_scales_and_fingerprint_are_the_model_s(
     elements: int,
 ) -> None:
     """From one block of rows or from many, and from either dtype."""
-    monkeypatch.setattr(
-        CheckpointReader, "row_blocks", partialmethod(CheckpointReader.row_blocks, elements=elements)
-    )
+    for module in (latent, source):
+        monkeypatch.setattr(module, "row_ranges", partial(row_ranges, elements=elements))
     latents = LatentCheckpoint(saved(model, tmp_path, dtype, **options))
     trained = fingerprint_model(model)
     assert latents.fingerprint() == trained

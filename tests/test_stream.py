@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from axolotl_bitnet.checkpoint import stream
 from axolotl_bitnet.checkpoint.stream import (
     DTYPES,
     INDEX,
@@ -23,6 +25,7 @@ from axolotl_bitnet.checkpoint.stream import (
     whole_folder,
     write_json,
 )
+from axolotl_bitnet.checkpoint.threads import row_ranges
 
 
 def entry(name: str, tensor: Tensor) -> Entry:
@@ -79,12 +82,24 @@ def test_reader_of_what_transformers_saves(
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 13), (64, 5), (5, 64), (1, 300), (0, 7), (9, 0)])
 @pytest.mark.parametrize("elements", [1, 33, 64, 1 << 22])
-def test_row_blocks_are_the_tensor(tmp_path: Path, rows: int, columns: int, elements: int) -> None:
+def test_blocks_of_rows_are_the_tensor(tmp_path: Path, rows: int, columns: int, elements: int) -> None:
     matrix = torch.randn(rows, columns).to(torch.bfloat16)
     write(tmp_path / SINGLE, {"w": matrix, "other": torch.ones(3)})
-    blocks = list(CheckpointReader(tmp_path).row_blocks("w", elements))
+    reader = CheckpointReader(tmp_path)
+    blocks = [reader.rows("w", *ends) for ends in row_ranges(rows, columns, elements)]
     assert torch.equal(torch.cat(blocks) if blocks else matrix[:0], matrix)
     assert all(block.numel() <= max(elements, columns) and block.shape[1] == columns for block in blocks)
+    flat = [reader.elements("w", *ends) for ends in row_ranges(matrix.numel(), 1, elements)]
+    assert torch.equal(torch.cat([*flat, matrix.flatten()[:0]]), matrix.flatten())
+
+
+def test_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
+    write(tmp_path / SINGLE, {"w": torch.randn(8, 8)})
+    reader = CheckpointReader(tmp_path)
+    os.truncate(tmp_path / SINGLE, (tmp_path / SINGLE).stat().st_size - 4)
+    assert reader.rows("w", 0, 7).shape == (7, 8)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has become shorter while 'w' was read"):
+        reader.tensor("w")
 
 
 def test_reader_of_an_unknown_tensor(tmp_path: Path) -> None:
@@ -119,11 +134,31 @@ def test_reader_tensor_that_the_index_promises_and_no_shard_holds(tmp_path: Path
         CheckpointReader(tmp_path)
 
 
-def test_reader_takes_a_tensor_from_the_shard_that_the_index_names(tmp_path: Path) -> None:
+def test_reader_refuses_a_tensor_in_two_shards(tmp_path: Path) -> None:
     tensors = shards(tmp_path)
-    stray = {"a": torch.zeros(3, 5), "b": tensors["b"], "c": tensors["c"]}  # two shards hold an "a"
+    stray = {"a": torch.zeros(3, 5), "b": tensors["b"], "c": tensors["c"]}
     save_file(stray, tmp_path / "model-00002-of-00002.safetensors")
-    assert torch.equal(CheckpointReader(tmp_path).tensor("a"), tensors["a"])
+    with pytest.raises(CheckpointError, match=r"00002-of-00002\.safetensors holds 'a', and so does .*00001"):
+        CheckpointReader(tmp_path)
+
+
+def test_reader_refuses_a_name_twice_in_a_header(tmp_path: Path) -> None:
+    """The safetensors package takes the last one without a word."""
+    place = '"a":{"dtype":"F32","shape":[2],"data_offsets":[%d,%d]}'
+    header = ("{" + place % (8, 16) + "," + place % (0, 8) + "}").encode()
+    (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    assert list(load_file(tmp_path / SINGLE)) == ["a"]
+    with pytest.raises(CheckpointError, match=r"model\.safetensors lists 'a' twice"):
+        CheckpointReader(tmp_path)
+
+
+def test_reader_follows_links(tmp_path: Path) -> None:
+    """The hub's cache is made of them: its snapshots link to files elsewhere."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "model").mkdir()
+    save_file({"a": torch.ones(3)}, tmp_path / "blobs" / "1234")
+    (tmp_path / "model" / SINGLE).symlink_to(tmp_path / "blobs" / "1234")
+    assert CheckpointReader(tmp_path / "model").tensor("a").tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "header"])
@@ -273,6 +308,36 @@ def test_writer_notices_a_missing_tensor(tmp_path: Path) -> None:
         writer.write("a", A)
     with pytest.raises(ZeroDivisionError), SafetensorsWriter(tmp_path / "x", entries):
         raise ZeroDivisionError  # not hidden behind a missing tensor
+
+
+def test_writer_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any size, whatever is brought to the disk in between."""
+    monkeypatch.setattr(stream, "FLUSH", 100)
+    tensors = {"m": torch.randn(9, 7), "none": torch.zeros(0, 3), "x": torch.randn(5).bfloat16()}
+    with SafetensorsWriter(tmp_path / SINGLE, [entry(*item) for item in tensors.items()]) as writer:
+        for name, tensor in tensors.items():
+            writer.write_blocks(name, tensor.flatten().split(10))
+    back = load_file(tmp_path / SINGLE)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "message"),
+    [
+        ("a", [A[:1]], "'a' has 3 elements, and was announced"),
+        ("a", [A, A[:1]], "'a' has 9 elements, and was announced"),
+        ("a", [A.to(torch.bfloat16)], r"'a' is torch\.bfloat16, and was announced"),
+        ("b", [B], "'b' was announced as"),
+    ],
+)
+def test_writer_refuses_blocks_of_something_else(
+    tmp_path: Path, name: str, blocks: list[Tensor], message: str
+) -> None:
+    with (
+        pytest.raises(CheckpointError, match=message),
+        SafetensorsWriter(tmp_path / "x", [entry("a", A), entry("b", B)]) as writer,
+    ):
+        writer.write_blocks(name, blocks)
 
 
 # Folders whole or none

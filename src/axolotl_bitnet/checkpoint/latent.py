@@ -3,17 +3,21 @@ model."""
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..fingerprint import Fingerprint, TensorFingerprint, digest_rows, merge_digests
 from ..ternary import abs_sum, absmean, codes_of, scale_of
-from .progress import begin
 from .source import TernaryCheckpoint, is_dense, read_plan
 from .stream import CheckpointError, CheckpointReader, read_json
+from .threads import parallel_map, row_ranges
+
+LOG = logging.getLogger(__name__)
 
 COMPANIONS = (
     "tokenizer*",
@@ -30,6 +34,9 @@ COMPANIONS = (
 )
 """Files beside the weights that make a folder a usable model (glob patterns, files only)."""
 
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+"""One of them is in every folder with a tokenizer."""
 
 MORE_TEMPLATES = "additional_chat_templates"
 """Folder beside them, where a tokenizer has several chat templates."""
@@ -69,49 +76,41 @@ class LatentCheckpoint(TernaryCheckpoint):
                     f"{self.folder}: '{entry.name}' is {entry.dtype} {list(entry.shape)}, not latents"
                 )
 
-    def absmean(self, name: str) -> Tensor:
-        """``g`` of a layer, summed over row blocks."""
+    def code_rows(self, name: str) -> tuple[Callable[[int, int], Tensor], Tensor]:
         key = self.keys[name]
-        total = sum(
-            (abs_sum(block) for block in self.reader.row_blocks(key)), torch.zeros((), dtype=torch.float64)
-        )
         rows, columns = self.entries[key].shape
-        return absmean(total, rows * columns)
+        sums = parallel_map(lambda block: abs_sum(self.reader.rows(key, *block)), row_ranges(rows, columns))
+        g = absmean(sum(sums, torch.zeros((), dtype=torch.float64)), rows * columns)
+        return (lambda start, stop: codes_of(self.reader.rows(key, start, stop), g)), scale_of(g)
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
-        key = self.keys[name]
-        g = self.absmean(name)
-        codes = torch.empty(self.entries[key].shape, dtype=torch.int8)
-        row = 0
-        for block in self.reader.row_blocks(key):
-            codes[row : row + block.shape[0]] = codes_of(block, g)
-            row += block.shape[0]
-        return codes, scale_of(g)
+        rows_of, scale = self.code_rows(name)
+        rows, columns = self.entries[self.keys[name]].shape
+        codes = torch.empty(rows, columns, dtype=torch.int8)
+
+        def fill(block: tuple[int, int]) -> None:
+            codes[slice(*block)] = rows_of(*block)
+
+        deque(parallel_map(fill, row_ranges(rows, columns)), maxlen=0)
+        return codes, scale
 
     def tensor(self, key: str) -> Tensor:
         return self.reader.tensor(key)
 
-    def fingerprint(self) -> Fingerprint:
-        """Fingerprint of what these latents quantize to, by blocks of rows."""
-        tensors = {}
-        advance = begin("reading codes", sum(self.entries[key].nbytes for key in self.keys.values()))
-        for name in self.names.converted:
-            key, g = self.keys[name], self.absmean(name)
-            digests, zeros, row = [], 0, 0
-            for block in self.reader.row_blocks(key):
-                codes = codes_of(block, g)
-                digests.append(digest_rows(codes, first_row=row))
-                zeros += codes.numel() - int(codes.count_nonzero())
-                row += block.shape[0]
-            rows, columns = self.entries[key].shape
-            digest = f"{merge_digests(digests):016x}"
-            tensors[name] = TensorFingerprint((rows, columns), digest, float(scale_of(g)), zeros)
-            advance(self.entries[key].nbytes)
-        return Fingerprint(tensors)
+    def blocks(self, key: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        def block(ends: tuple[int, int]) -> Tensor:
+            return self.reader.elements(key, *ends).to(dtype)
+
+        return parallel_map(block, row_ranges(self.entries[key].numel, 1))
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat template, generation config and the like; returns the names copied."""
+    """Copy tokenizer, chat template, generation config and the like; returns the names copied.
+
+    A folder without a tokenizer is a model all the same, so that is a warning.
+    """
+    if not any((source / name).is_file() for name in TOKENIZERS):
+        LOG.warning("%s holds no tokenizer: what is written has none either; copy its files there", source)
     names = sorted({path.name for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
     for name in names:
         shutil.copyfile(source / name, target / name)

@@ -8,7 +8,7 @@ rows/4``, ``r + 2 rows/4`` and ``r + 3 rows/4`` at bits 0, 2, 4 and 6. Beside it
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..convert import Plan
 from ..ops import pack_codes, unpack_codes
 from ..plain import ROWS_PER_BYTE
 from .latent import copy_companions
+from .shapes import require_shapes
 from .source import TernaryCheckpoint, read_plan
 from .stream import (
     SINGLE,
@@ -30,6 +31,7 @@ from .stream import (
     whole_folder,
     write_json,
 )
+from .threads import BLOCK, parallel_map, row_ranges
 
 
 def pack_checkpoint(
@@ -62,6 +64,7 @@ def pack_checkpoint(
     source, target = latents.folder.resolve(), Path(dst).resolve()
     if target == source or target in source.parents:
         raise CheckpointError(f"{dst} would replace the latents in {src}: name another folder")
+    require_shapes(latents)
     ternary = {key: name for name, key in latents.keys.items()}
     entries: list[Entry] = []
     for entry in latents.entries.values():
@@ -74,29 +77,43 @@ def pack_checkpoint(
             entries.append(Entry(entry.name, torch.uint8, (rows // ROWS_PER_BYTE, columns)))
             entries.append(Entry(f"{entry.name}_scale", torch.bfloat16, (1,)))
         else:
-            dtype = torch.bfloat16 if entry.dtype.is_floating_point else entry.dtype
-            entries.append(Entry(entry.name, dtype, entry.shape))
+            entries.append(Entry(entry.name, packed_dtype(entry), entry.shape))
 
     with whole_folder(dst, overwrite) as work:
         with SafetensorsWriter(work / SINGLE, entries) as writer:
             for name, entry in latents.entries.items():
                 if name in ternary:
-                    codes, scale = latents.codes(ternary[name])
+                    rows_of, scale = latents.code_rows(ternary[name])
                     if not bool(torch.isfinite(scale)):
                         raise CheckpointError(
                             f"{latents.folder}: '{name}' holds a NaN or an Inf and has no codes"
                         )
-                    writer.write(name, pack_codes(codes))
+                    writer.write_blocks(name, _packed_blocks(rows_of, *entry.shape))
                     writer.write(f"{name}_scale", scale)
-                elif entry.dtype.is_floating_point:
-                    writer.write(name, latents.tensor(name).to(torch.bfloat16))
                 else:
-                    writer.write(name, latents.tensor(name))
+                    writer.write_blocks(name, latents.blocks(name, packed_dtype(entry)))
         write_json(work / "config.json", packed_config(latents.config, latents.names))
         copy_companions(latents.companions, work)
         if check is not None:
             check(work)
     return Path(dst)
+
+
+def packed_dtype(entry: Entry) -> torch.dtype:
+    """What a tensor that is not ternary is stored in."""
+    return torch.bfloat16 if entry.dtype.is_floating_point else entry.dtype
+
+
+def _packed_blocks(rows_of: Callable[[int, int], Tensor], rows: int, columns: int) -> Iterator[Tensor]:
+    """A matrix's bytes by blocks of rows, each made from rows of its four quarters."""
+    quarter = rows // ROWS_PER_BYTE
+
+    def block(rows_of_bytes: tuple[int, int]) -> Tensor:
+        start, stop = rows_of_bytes
+        codes = [rows_of(first + start, first + stop) for first in range(0, rows, quarter)]
+        return pack_codes(torch.cat(codes))
+
+    return parallel_map(block, row_ranges(quarter, columns, BLOCK // ROWS_PER_BYTE))
 
 
 def packed_config(config: dict[str, Any], names: Plan) -> dict[str, Any]:

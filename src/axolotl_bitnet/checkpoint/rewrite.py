@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .latent import copy_companions
+from .shapes import require_shapes
 from .source import TernaryCheckpoint
 from .stream import SINGLE, CheckpointError, Entry, SafetensorsWriter, whole_folder, write_json
 
@@ -57,6 +58,7 @@ def rewrite(
     origin, target = source.folder.resolve(), Path(dst).resolve()
     if target == origin or target in origin.parents:
         raise CheckpointError(f"{dst} would replace its own source {source.folder}: name another folder")
+    require_shapes(source)
     layers = {key: name for name, key in source.keys.items()}
 
     def stored_as(entry: Entry) -> torch.dtype:

@@ -4,16 +4,18 @@ tensors as they are."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..convert import CONFIG_KEY, Plan
-from ..fingerprint import Fingerprint, fingerprint_codes
+from ..fingerprint import Fingerprint, TensorFingerprint, digest_rows, merge_digests
 from .progress import begin
 from .stream import CheckpointError, Entry
+from .threads import parallel_map, row_ranges
 
 FORMAT = "format"
 """Beside the list of ternary layers in config.json: how they are stored, where nothing else says it."""
@@ -50,9 +52,22 @@ class TernaryCheckpoint(ABC):
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         """``(codes, s)`` of a layer: int8 (rows, columns) and bfloat16 (1,), on the CPU."""
 
+    def code_rows(self, name: str) -> tuple[Callable[[int, int], Tensor], Tensor]:
+        """``(rows, s)`` of a layer: ``rows(start, stop)`` are the int8 codes of these rows, on the CPU.
+
+        Several threads may call it at once. What writes a format by blocks of rows needs no memory for
+        whole matrices.
+        """
+        codes, scale = self.codes(name)
+        return (lambda start, stop: codes[start:stop]), scale
+
     @abstractmethod
     def tensor(self, key: str) -> Tensor:
         """A tensor that is not ternary, whole, in its stored dtype, on the CPU."""
+
+    def blocks(self, key: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """A tensor that is not ternary as ``dtype``, flat, in pieces."""
+        yield self.tensor(key).to(dtype).reshape(-1)
 
     def as_stored(self, key: str, tensor: Tensor) -> Tensor:
         """What :meth:`tensor` reads when ``tensor``, which is not ternary, was written in this format."""
@@ -63,9 +78,21 @@ class TernaryCheckpoint(ABC):
         advance = begin("reading codes", sum(self.entries[key].nbytes for key in self.keys.values()))
         tensors = {}
         for name in self.names.converted:
-            tensors[name] = fingerprint_codes(*self.codes(name))
+            tensors[name] = self._fingerprint(name)
             advance(self.entries[self.keys[name]].nbytes)
         return Fingerprint(tensors)
+
+    def _fingerprint(self, name: str) -> TensorFingerprint:
+        rows, columns = self.entries[self.keys[name]].shape
+        rows_of, scale = self.code_rows(name)
+
+        def digest(block: tuple[int, int]) -> tuple[int, int]:
+            codes = rows_of(*block)
+            return digest_rows(codes, first_row=block[0]), codes.numel() - int(codes.count_nonzero())
+
+        parts = list(parallel_map(digest, row_ranges(rows, columns)))
+        digests, zeros = [part[0] for part in parts], sum(part[1] for part in parts)
+        return TensorFingerprint((rows, columns), f"{merge_digests(digests):016x}", float(scale), zeros)
 
 
 def read_plan(config: Mapping[str, Any], where: str | Path) -> Plan:

@@ -1,19 +1,21 @@
 """Safetensors checkpoints tensor by tensor: bounded memory, whole folders or none.
 
-A reader opens a file anew for every tensor, since pages of a mapped file count as memory until it is closed.
-A writer needs all shapes first (they make the header) and then takes one tensor at a time; the safetensors
-package can only write a file whose tensors are all in memory, and the format is a length, a JSON header and
-the bytes.
+The safetensors package checks a file's header, and maps the file to read it: pages that were touched count
+as memory. So bytes are read plainly here, from any thread. A writer needs all shapes first (they make the
+header) and then takes one tensor, or one block of it, at a time; the package can only write a file whose
+tensors are all in memory. The format is a length, a JSON header and the bytes.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .progress import begin
+from .threads import row_ranges
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,6 +46,22 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+REMEDIES = {
+    errno.ENOSPC: "free some space, or name a folder on another disk",
+    errno.EDQUOT: "free some of your quota, or name a folder on another disk",
+    errno.EFBIG: "the system limits the size of files here (ulimit -f): name another folder",
+    errno.EROFS: "the disk is read-only: name another folder",
+    errno.EACCES: "its folder may not be written by you: name another one",
+    errno.EPERM: "its folder may not be written by you: name another one",
+    errno.ENOTDIR: "a part of this path is a file: name another folder",
+    errno.EEXIST: "a part of this path is a file: name another folder",
+    errno.EIO: "the disk failed: name a folder on another one",
+}
+
+FLUSH = 64 << 20
+"""Bytes after which a writer begins to bring them to the disk, so that little is left to do at the end."""
 
 
 class CheckpointError(ValueError):
@@ -66,42 +85,56 @@ class Entry:
         return self.numel * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where in which file a tensor's bytes begin."""
+
+    entry: Entry
+    path: Path
+    start: int
+
+
 class CheckpointReader:
     """The tensors of a checkpoint folder: ``model.safetensors``, or the shards of
     ``model.safetensors.index.json``.
 
     Raises:
-        CheckpointError: no safetensors there, a shard or a tensor of the index is missing, or the index
-            points outside the folder.
+        CheckpointError: no safetensors there, a shard or a tensor of the index is missing, a tensor is there
+            twice, or the index points outside the folder.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._files = _locate(self.folder)
-        found: dict[str, Entry] = {}
-        for path in set(self._files.values()):
-            with _open(path) as file:
-                inside = (name for name, place in self._files.items() if place == path)
-                found |= {name: _entry(file, name, path) for name in inside}
-        self.entries = dict(sorted(found.items()))
+        places: dict[str, _Place] = {}
+        for path, names in _locate(self.folder).items():
+            header, start = _header(path)
+            places |= {name: _place(path, start, name, header[name]) for name in names}
+        self._places = dict(sorted(places.items()))
+        self.entries = {name: place.entry for name, place in self._places.items()}
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor, on the CPU."""
-        with _open(self._file(name)) as file:
-            return file.get_tensor(name)
+        place = self._place(name)
+        return _read(place, 0, place.entry.numel).reshape(place.entry.shape)
 
-    def row_blocks(self, name: str, elements: int = 1 << 20) -> Iterator[Tensor]:
-        """A matrix as blocks of whole rows of at most about ``elements`` elements, on the CPU."""
-        rows, columns = self.entries[name].shape
-        step = max(1, elements // max(1, columns))
-        for start in range(0, rows, step):
-            with _open(self._file(name)) as file:
-                yield file.get_slice(name)[start : start + step]
+    def elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of a tensor of any shape, flat, on the CPU."""
+        return _read(self._place(name), start, stop)
 
-    def _file(self, name: str) -> Path:
-        if name not in self._files:
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of a matrix, on the CPU."""
+        columns = self._place(name).entry.shape[1]
+        return self.elements(name, start * columns, stop * columns).reshape(stop - start, columns)
+
+    def row_blocks(self, name: str) -> Iterator[Tensor]:
+        """A matrix as blocks of whole rows, on the CPU."""
+        rows, columns = self._place(name).entry.shape
+        return (self.rows(name, *ends) for ends in row_ranges(rows, columns))
+
+    def _place(self, name: str) -> _Place:
+        if name not in self._places:
             raise CheckpointError(f"{self.folder} holds no tensor '{name}'")
-        return self._files[name]
+        return self._places[name]
 
 
 class SafetensorsWriter:
@@ -122,9 +155,12 @@ class SafetensorsWriter:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         require_space(Path(path).parent, 8 + len(encoded) + offset)
-        self._advance = begin(f"writing {Path(path).name}", offset)
-        self._file = Path(path).open("wb")  # noqa: SIM115 (closed in __exit__)
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._advance = begin(f"writing {Path(path).name}", 8 + len(encoded) + offset)
+        self._file = Path(path).open("wb", buffering=0)  # noqa: SIM115 (closed in __exit__)
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushed: Future[None] | None = None
+        self._unflushed = 0
+        self._put(len(encoded).to_bytes(8, "little") + encoded)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor.
@@ -137,9 +173,36 @@ class SafetensorsWriter:
             raise CheckpointError(
                 f"tensor '{name}' {tensor.dtype} {tuple(tensor.shape)} was announced as {entry}"
             )
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        self._file.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-        self._advance(entry.nbytes)
+        self._put(_bytes(tensor))
+
+    def write_blocks(self, name: str, blocks: Iterable[Tensor]) -> None:
+        """Append the next tensor in pieces, whose elements one after the other are the tensor's.
+
+        Raises:
+            CheckpointError: the header announces another tensor here, or another dtype or size.
+        """
+        entry = next(self._expected, None)
+        if entry is None or entry.name != name:
+            raise CheckpointError(f"tensor '{name}' was announced as {entry}")
+        count = 0
+        for block in blocks:
+            if block.dtype != entry.dtype:
+                raise CheckpointError(f"tensor '{name}' is {block.dtype}, and was announced as {entry}")
+            self._put(_bytes(block))
+            count += block.numel()
+        if count != entry.numel:
+            raise CheckpointError(f"tensor '{name}' has {count} elements, and was announced as {entry}")
+
+    def _put(self, data: bytes | memoryview) -> None:
+        """Write, and let a thread bring to the disk what has gathered in the system's memory."""
+        size = len(data)
+        while len(data):  # a call writes 2 GiB at most, and less on a disk that fills up
+            data = data[self._file.write(data) :]
+        self._advance(size)
+        self._unflushed += size
+        if self._unflushed > FLUSH and (self._flushed is None or self._flushed.done()):
+            self._unflushed = 0
+            self._flushed = self._flusher.submit(os.fdatasync, self._file.fileno())
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -147,10 +210,14 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
+        self._flusher.shutdown()
+        try:
+            if kind is None:
+                os.fsync(self._file.fileno())
+                if self._flushed is not None:
+                    self._flushed.result()  # the system tells of a failed write once, maybe there
+        finally:
+            self._file.close()
         missing = next(self._expected, None)
         if kind is None and missing is not None:
             raise CheckpointError(f"tensor '{missing.name}' was announced but never written")
@@ -171,6 +238,22 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Within, an error of the disk says what could not be written and what to do.
+
+    Raises:
+        CheckpointError: instead of such an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        remedy = REMEDIES[error.errno]
+        raise CheckpointError(f"{target} cannot be written ({error.strerror}): {remedy}") from error
+
+
+@contextmanager
 def whole_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder that appears at ``target`` when everything in it is written, and not at all on an error.
 
@@ -178,20 +261,22 @@ def whole_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
         A temporary folder beside the target; it is renamed at the end.
 
     Raises:
-        CheckpointError: the target exists, and ``overwrite`` was not asked for.
+        CheckpointError: the target exists, and ``overwrite`` was not asked for; or the disk is full or
+            cannot be written.
     """
     target = Path(target)
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} exists: name another folder, or overwrite it (--overwrite)")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    work.chmod(0o755)  # mkdtemp's 0700 would travel with the model
-    try:
-        yield work
-        _replace_folder(target, work)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        try:
+            work.chmod(0o755)  # mkdtemp's 0700 would travel with the model
+            yield work
+            _replace_folder(target, work)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 def _replace_folder(target: Path, work: Path) -> None:
@@ -234,44 +319,90 @@ def write_json(path: str | Path, data: dict[str, Any]) -> None:
     work.replace(path)
 
 
-def _entry(file: Any, name: str, path: Path) -> Entry:
-    view = file.get_slice(name)
-    dtype = DTYPES.get(view.get_dtype())
+def _bytes(tensor: Tensor) -> bytes | memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """A file's tensors as its header lists them, and where their bytes begin."""
+    with _open(path):
+        pass  # the package holds the header against the file's size, and positions against one another
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length), object_pairs_hook=lambda pairs: _unique(pairs, path))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
+        raise CheckpointError(f"{path} lists '{twice}' twice in its header: save it again")
+    return found
+
+
+def _place(path: Path, start: int, name: str, described: dict[str, Any]) -> _Place:
+    dtype = DTYPES.get(described["dtype"])
     if dtype is None:
-        raise CheckpointError(f"{path}: tensor '{name}' has the unsupported dtype {view.get_dtype()}")
-    return Entry(name, dtype, tuple(view.get_shape()))
+        raise CheckpointError(f"{path}: tensor '{name}' has the unsupported dtype {described['dtype']}")
+    return _Place(Entry(name, dtype, tuple(described["shape"])), path, start + described["data_offsets"][0])
 
 
-def _locate(folder: Path) -> dict[str, Path]:
-    """The file of every tensor."""
+def _read(place: _Place, start: int, stop: int) -> Tensor:
+    """Elements ``start`` to ``stop`` of a stored tensor."""
+    flat = torch.empty(stop - start, dtype=place.entry.dtype)
+    left = memoryview(_bytes(flat))
+    with place.path.open("rb", buffering=0) as file:
+        file.seek(place.start + start * place.entry.dtype.itemsize)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise CheckpointError(f"{place.path} has become shorter while '{place.entry.name}' was read")
+            left = left[count:]
+    return flat
+
+
+def _locate(folder: Path) -> dict[Path, set[str]]:
+    """The files, and which tensors to take from each."""
     index, single = folder / INDEX, folder / SINGLE
     if index.exists():
         return _locate_by_index(folder, index)
     if single.exists():
-        with _open(single) as file:
-            return dict.fromkeys(file.keys(), single)
+        return {single: set(_header(single)[0])}
     other = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
     hint = f" ({', '.join(other)} is pickle and not read: save it as safetensors)" if other else ""
     raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}")
 
 
-def _locate_by_index(folder: Path, index: Path) -> dict[str, Path]:
+def _locate_by_index(folder: Path, index: Path) -> dict[Path, set[str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is damaged: it has no weight_map of tensors and files")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index} names '{name}', which is not a safetensors file of this folder")
+    found: dict[Path, set[str]] = {}
+    seen: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder / shard} is missing: the index names it")
-        with _open(folder / shard) as file:
-            promised = {name for name, place in weight_map.items() if place == shard}
-            if missing := promised - set(file.keys()):
-                raise CheckpointError(
-                    f"{folder / shard} lacks the tensor '{min(missing)}', which {INDEX} places there"
-                )
-    return {name: folder / shard for name, shard in weight_map.items()}
+        inside = set(_header(folder / shard)[0])
+        promised = {name for name, place in weight_map.items() if place == shard}
+        if missing := promised - inside:
+            raise CheckpointError(
+                f"{folder / shard} lacks the tensor '{min(missing)}', which {INDEX} places there"
+            )
+        if twice := inside & seen.keys():
+            name = min(twice)
+            raise CheckpointError(
+                f"{folder / shard} holds '{name}', and so does {seen[name]}: which of them counts nobody can "
+                "tell. Save the model again, into an empty folder"
+            )
+        seen |= dict.fromkeys(inside, shard)
+        found[folder / shard] = promised
+    return found
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -36,9 +37,17 @@ from axolotl_bitnet.checkpoint.gguf_llama import (
     metadata_of,
     row_order,
     shape_of,
+    tensors_of,
 )
 from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
-from axolotl_bitnet.checkpoint.stream import SINGLE, CheckpointError, read_json, write_json
+from axolotl_bitnet.checkpoint.stream import (
+    SINGLE,
+    CheckpointError,
+    Entry,
+    SafetensorsWriter,
+    read_json,
+    write_json,
+)
 from axolotl_bitnet.convert import CONFIG_KEY
 from axolotl_bitnet.fingerprint import fingerprint_model
 from axolotl_bitnet.ternary import EPSILON, scale_of
@@ -515,10 +524,20 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_writing_and_reading_need_little_memory(tmp_path: Path) -> None:
     """Of one of TQ1_0, which needs the more."""
-    source = save(build(hidden_size=1024, intermediate_size=8192, num_hidden_layers=6), tmp_path / "latents")
-    entries = LatentCheckpoint(source).entries.values()
+    source = shutil.copytree(TINY / "model", tmp_path / "latents")
+    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 4, "head_dim": 256}
+    config = read_json(source / "config.json") | sizes
+    names = [name for name in tensors_of(ARCHITECTURES[0], shape_of(config)) if name.endswith("weight")]
+    shapes = {name: tensors_of(ARCHITECTURES[0], shape_of(config))[name][1] for name in names}
+    entries = [Entry(name, torch.float32, shape) for name, shape in shapes.items()]
+    random = {shape: torch.randn(shape) for shape in set(shapes.values())}
+    with SafetensorsWriter(source / SINGLE, entries) as writer:
+        for name, shape in shapes.items():
+            writer.write(name, random[shape])
+    converted = [name.removesuffix(".weight") for name in names if "_proj" in name]
+    write_json(source / "config.json", config | {CONFIG_KEY: {"converted": converted, "dense": ["lm_head"]}})
     largest, total = max(e.nbytes for e in entries), sum(e.nbytes for e in entries)
-    assert total > 550 * 2**20
+    assert total > 380 * 2**20
     package = str(Path(axolotl_bitnet.__file__).parents[1])
     paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
@@ -532,7 +551,6 @@ def test_writing_and_reading_need_little_memory(tmp_path: Path) -> None:
     peak = int(done.stdout)
     print(f"peak {peak / 2**20:.0f} MiB, largest {largest / 2**20:.0f} MiB, total {total / 2**20:.0f} MiB")
     assert largest / 8 < peak < 2 * largest + 300 * 2**20
-    assert peak < total / 2
 
 
 def test_the_metadata_are_the_gguf_package_s(file: Path, latents: Path) -> None:
@@ -546,3 +564,13 @@ def test_the_metadata_are_the_gguf_package_s(file: Path, latents: Path) -> None:
         n: t.offset for n, t in ours.tensors.items()
     }
     assert ours.metadata["general.name"] == "latents"
+
+
+def test_python_of_the_page_runs(latents: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "gguf.md").read_text(encoding="utf-8")
+    shutil.copytree(latents, tmp_path / "outputs" / "falcon-e-3b-sft")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block.replace('"outputs', f'"{tmp_path}/outputs'), "gguf.md", "exec"), names)
+    expected, s = LatentCheckpoint(latents).codes("model.layers.0.self_attn.q_proj")
+    assert torch.equal(names["codes"], expected) and torch.equal(names["s"], s)

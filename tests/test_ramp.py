@@ -160,7 +160,7 @@ def test_lambda_between_a_forward_and_its_backward_fails_loudly() -> None:
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_other_values_are_refused(value: float) -> None:
-    with pytest.raises(ValueError, match="from 0 .dense. to 1"):
+    with pytest.raises(ValueError, match=r"from 0 .dense. to 1"):
         set_ramp(BitLinear(8, 4), value)
 
 

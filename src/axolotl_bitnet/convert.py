@@ -99,8 +99,8 @@ def unfinished_ramp(entry: Any) -> str | None:
         return None
     return (
         f"the ramp had come to lambda = {value:.3g} when this was saved: what trained lies between the dense "
-        "model and the ternary one, and its codes are another model. Go on until lambda is 1: resume from the "
-        "last checkpoint with more steps (max_steps, num_epochs), or train anew with fewer ramp_steps"
+        "model and the ternary one, and its codes are another model. Go on until lambda is 1: resume from "
+        "the last checkpoint with more steps (max_steps, num_epochs), or train anew with fewer ramp_steps"
     )
 
 

@@ -140,7 +140,7 @@ class BitNetPlugin(BasePlugin):
             return []
         if cfg.rl and self._reference is None:  # where Axolotl trains, it has loaded one by now
             refuse_dense_reference(cfg, trainer)
-        callbacks = watch(cfg, trainer, _options(cfg))
+        callbacks = watch(cfg, trainer, _options(cfg), self._resumed)
         if cfg.deepspeed:
             return callbacks
         if cfg.fsdp_config:  # whole weights are not there to keep

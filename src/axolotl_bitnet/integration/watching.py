@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..training.logs import log_through
+from ..training.monitor import Monitor
 from ..training.ramp import RampSchedule, log_ternary_loss, too_short
 from .preference import has_reference
+
+if TYPE_CHECKING:
+    from .args import BitNetConfig
 
 
 def ramp_refusals(cfg: Mapping[str, Any]) -> list[str]:
@@ -35,14 +42,15 @@ def ramp_refusals(cfg: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def watch(cfg: Any, trainer: Any, options: Any) -> list[Any]:
+def watch(cfg: Any, trainer: Any, options: BitNetConfig, resumed: Path | None) -> list[Any]:
     """The callbacks of a run's ramp and monitor; what they have to say goes into the trainer's log."""
     callbacks: list[Any] = []
     if options.ramp_steps:
         callbacks.append(RampSchedule(options.ramp_steps))
         log_ternary_loss(trainer)
-    if callbacks:
-        log_through(trainer, *callbacks)
+    if options.monitor:
+        callbacks.append(Monitor(resumed, torch.float32 if cfg.deepspeed else None))  # its masters' dtype
+    log_through(trainer, *callbacks)
     return callbacks
 
 

@@ -141,6 +141,8 @@ class Study:
         assert setting is not None
         result, curve = done or ({}, [])
         row = {**asdict(setting), **_short(result), "error": error}
+        if not error and design.key(setting) in {design.key(each) for each in self.rows if not each["error"]}:
+            return  # run again for its weights
         self.rows.append({column: str(row.get(column, "")) for column in COLUMNS})
         append_csv(self.out, COLUMNS, [row])
         append_csv(self.curves, CURVE_COLUMNS, [{**asdict(setting), **_short(each)} for each in curve])

@@ -75,11 +75,9 @@ def _conversations(parts: tuple[list[str], list[str]], tokenizer: Any, batch: in
     encoded = []
     for part in parts:
         verses = [_REFERENCE.sub("", line) for line in part]
-        chats = [
-            _chat(tokenizer, verses[i], " ".join(verses[i + 1 : i + 9]), length)
-            for i in range(0, len(verses) - 9, 9)
-        ]
-        encoded.append(tuple(map(torch.stack, zip(*chats, strict=True))))
+        starts = range(0, len(verses) - 9, 9)
+        answers = [" ".join(verses[i + 1 : i + 9]) for i in starts]
+        encoded.append(_chats(tokenizer, [verses[i] for i in starts], answers, length))
     return Batches(encoded[0], _split(*encoded[1], batch), batch, length)
 
 
@@ -89,32 +87,32 @@ def _pairs(parts: tuple[list[str], list[str]], tokenizer: Any, batch: int, lengt
     encoded = []
     for part in parts:
         verses = [_REFERENCE.sub("", line) for line in part]
-        samples = []
+        questions, answers = [], []
         for i in range(0, len(verses) - 4, 4):
             words = " ".join(verses[i + 1 : i + 4]).split()
             shuffled = words[:]
             shuffle(shuffled)
-            both = [_chat(tokenizer, verses[i], " ".join(answer), length) for answer in (words, shuffled)]
-            samples.append(tuple(map(torch.stack, zip(*both, strict=True))))
-        encoded.append(tuple(map(torch.stack, zip(*samples, strict=True))))
+            questions += [verses[i]] * 2
+            answers += [" ".join(words), " ".join(shuffled)]
+        ids, labels = _chats(tokenizer, questions, answers, length)
+        encoded.append((ids.view(-1, 2, length), labels.view(-1, 2, length)))
     ids, labels = (part[: 8 * batch] for part in encoded[1])
-    held_out = [
-        (_rows(a[None])[0], _rows(b[None])[0])
-        for a, b in zip(ids.split(batch), labels.split(batch), strict=True)
-    ]
-    return Batches(encoded[0], held_out, batch, length)
+    pairs = zip(ids.split(batch), labels.split(batch), strict=True)
+    return Batches(encoded[0], [(_rows(a[None])[0], _rows(b[None])[0]) for a, b in pairs], batch, length)
 
 
-def _chat(tokenizer: Any, question: str, answer: str, length: int) -> tuple[Tensor, Tensor]:
-    """One exchange in ChatML, padded; loss on the answer and the token that ends it."""
-    prompt = f"<|im_start|>user\nContinue the passage: {question}<|im_end|>\n<|im_start|>assistant\n"
-    before = tokenizer(prompt)["input_ids"][: length // 2]
-    after = tokenizer(f"{answer}<|im_end|>")["input_ids"]
-    tokens = (before + after)[: length + 1]
-    ids = torch.zeros(length, dtype=torch.long)
-    labels = torch.full((length,), IGNORED)
-    ids[: len(tokens) - 1] = torch.tensor(tokens[:-1])
-    labels[len(before) - 1 : len(tokens) - 1] = torch.tensor(tokens[len(before) :])
+def _chats(tokenizer: Any, questions: list[str], answers: list[str], length: int) -> tuple[Tensor, Tensor]:
+    """Exchanges in ChatML, padded; loss on the answers and the tokens that end them."""
+    before = "<|im_start|>user\nContinue the passage: {}<|im_end|>\n<|im_start|>assistant\n"
+    prompts = tokenizer([before.format(question) for question in questions])["input_ids"]
+    replies = tokenizer([f"{answer}<|im_end|>" for answer in answers])["input_ids"]
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    labels = torch.full((len(prompts), length), IGNORED)
+    for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+        prompt = prompt[: length // 2]
+        tokens = (prompt + reply)[: length + 1]
+        ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+        labels[row, len(prompt) - 1 : len(tokens) - 1] = torch.tensor(tokens[len(prompt) :])
     return ids, labels
 
 

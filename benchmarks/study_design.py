@@ -34,8 +34,9 @@ def score(rows: Rows, setting: Setting) -> float:
 
 
 def by_rate(rows: Rows, setting: Setting, rates: Iterable[float] = RATES) -> list[Setting]:
-    """The setting at every rate, best first."""
-    return sorted((replace(setting, lr=rate) for rate in rates), key=lambda each: score(rows, each))
+    """The setting at every rate, best first; without results, the middle first."""
+    settings = [replace(setting, lr=rate) for rate in rates]
+    return sorted(settings, key=lambda each: (score(rows, each), _from_middle(each.lr)))
 
 
 def best_and_neighbour(rows: Rows, setting: Setting) -> list[Setting]:
@@ -45,9 +46,16 @@ def best_and_neighbour(rows: Rows, setting: Setting) -> list[Setting]:
     return [best, by_rate(rows, setting, RATES[max(0, place - 1) : place] + RATES[place + 1 : place + 2])[0]]
 
 
+def _from_middle(rate: float) -> float:
+    return abs(math.log(rate / 7e-4))
+
+
 def rates(rows: Rows, base: Setting) -> list[Setting]:
-    order = sorted(RATES, key=lambda rate: abs(math.log(rate / 7e-4)))  # the middle first
-    return [replace(base, latents=latents, lr=rate) for rate in order for latents in LATENTS]
+    return [
+        replace(base, latents=latents, lr=rate)
+        for rate in sorted(RATES, key=_from_middle)
+        for latents in LATENTS
+    ]
 
 
 def dense(rows: Rows, base: Setting) -> list[Setting]:

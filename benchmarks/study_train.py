@@ -68,7 +68,7 @@ class _Embedding(torch.autograd.Function):
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
-    """As the model's forward, which looks at positions on the CPU. Causal, no padding mask: padding is last."""
+    """As the model's forward, which looks at positions on the CPU. Causal, without a mask: padding is last."""
     hidden = _Embedding.apply(ids, model.model.embed_tokens.weight)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     rotary = model.model.rotary_emb(hidden, positions)
@@ -147,9 +147,11 @@ def make_optimizer(flat: Flat, setting: Setting) -> torch.optim.Optimizer:
         import bitsandbytes as bnb
 
         manager = bnb.optim.GlobalOptimManager.get_instance()
+        manager.initialize()
         for kind, tensor in flat.tensors.items():  # embeddings in 32 bits, as the Trainer has them
             if kind != "ternary":
                 manager.override_config(tensor, "optim_bits", 32)
+        manager.register_parameters(groups)
         return bnb.optim.AdamW8bit(groups, lr=setting.lr, betas=betas)
     return torch.optim.AdamW(groups, lr=setting.lr, betas=betas, fused=True)
 
@@ -265,6 +267,7 @@ def train(
     """
     began = time.monotonic()
     _clear()
+    torch.manual_seed(setting.seed)  # of stochastic rounding
     model = copy.deepcopy(base).to(DEVICE)
     if setting.model == "ternary":
         convert_to_bitlinear(model)

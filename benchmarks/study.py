@@ -83,7 +83,7 @@ class Worker:
         self.ready = False
         context = mp.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        os.environ |= {"CUDA_VISIBLE_DEVICES": str(gpu), "TOKENIZERS_PARALLELISM": "true"}
         self.process = context.Process(target=work, args=(theirs, place), daemon=True)
         self.process.start()
         theirs.close()

@@ -68,7 +68,7 @@ class _Embedding(torch.autograd.Function):
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
-    """As the model's forward, which looks at positions on the CPU. Causal, without a mask: padding is last."""
+    """As the model's forward, which looks at positions on the CPU. Causal, no mask: padding is last."""
     hidden = _Embedding.apply(ids, model.model.embed_tokens.weight)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     rotary = model.model.rotary_emb(hidden, positions)

@@ -15,6 +15,10 @@ under FSDP, so the codes are made again.
 
 ``int8_grad`` computes dX on the int8 tensor cores too: dY is quantized as activations are, a scale a token,
 and the weight is exact in int8 as it is.
+
+On the way from a dense model (``ramp``, lambda < 1) both operands lie between what they were and their codes,
+``(1 - lambda) W + lambda codes / s``, and the products are dense ones; the gradients go straight through, to
+the latents, as above.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .code_cache import ternarize
+from .gathered_weight import GatheredWeight
 
 _GRADIENT_FLOOR = 1e-30  # of a mean over many tokens, gradients lie far below the floor of activations
 
@@ -44,7 +49,12 @@ class BitLinear(nn.Linear):
     int8_grad: bool = False
     """Whether the gradient of x is computed from 8-bit dY; set on an instance by the conversion."""
 
+    ramp: Tensor | None = None
+    """lambda < 1, float32 (), written to in place; set by :func:`axolotl_bitnet.training.ramp.set_ramp`."""
+
     def forward(self, input: Tensor) -> Tensor:
+        if self.ramp is not None:
+            return ramped_linear(input, self.weight, self.bias, self.ramp)
         return bitlinear(input, self.weight, self.bias, self.int8_grad)
 
 
@@ -97,6 +107,68 @@ class _BitLinear(torch.autograd.Function):
             if needs_bias:
                 db = dy.flatten(0, -2).sum(0) if dy.dim() > 1 else dy
         return dx, None, None, dw, db, None, None
+
+
+def ramped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ramp: Tensor) -> Tensor:
+    """:func:`bitlinear` part of the way from a dense layer (ramp 0) to the ternary one (1).
+
+    Raises:
+        RuntimeError: the weight was gathered as codes; there are no latents to mix them with.
+    """
+    if isinstance(weight, GatheredWeight):
+        raise RuntimeError("a ramp mixes codes with latents, and FSDP2 gathers codes only: gather natively")
+    dtype = compute_dtype(x)
+    with no_autocast(x):
+        codes, r = shared_codes(x, dtype)
+        return _Ramped.apply(x, codes, r, weight, bias, ramp.to(x.device), dtype)
+
+
+class _Ramped(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codes_x: Tensor,
+        r: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ramp: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        _, _, g = ternarize(weight)
+        ctx.save_for_backward(x, codes_x, r, weight, ramp)
+        ctx.g, ctx.dtype = g, dtype
+        mixed = _mixed_activations(x, codes_x, r, ramp, dtype)
+        bias = None if bias is None else bias.to(dtype)
+        return nn.functional.linear(mixed, _mixed_weight(weight, g, ramp, dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, codes_x, r, weight, ramp = ctx.saved_tensors
+        needs_x, _, _, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        dx = dw = db = None
+        with no_autocast(dy):
+            if needs_x:
+                dx = (dy @ _mixed_weight(weight, ctx.g, ramp, dy.dtype)).to(x.dtype)
+            if needs_weight:
+                dw = weight_gradient(dy, _mixed_activations(x, codes_x, r, ramp, ctx.dtype), weight.dtype)
+            if needs_bias:
+                db = dy.flatten(0, -2).sum(0) if dy.dim() > 1 else dy
+        return dx, None, None, dw, db, None, None
+
+
+def _mixed_weight(weight: Tensor, g: Tensor, ramp: Tensor, dtype: torch.dtype) -> Tensor:
+    return _mix(weight, ops.dequantized_weight(weight, g, torch.float32), ramp, dtype)
+
+
+def _mixed_activations(x: Tensor, codes: Tensor, r: Tensor, ramp: Tensor, dtype: torch.dtype) -> Tensor:
+    return _mix(x.to(dtype), ops.dequantize_activations(codes, r, torch.float32), ramp, dtype)
+
+
+def _mix(before: Tensor, after: Tensor, ramp: Tensor, dtype: torch.dtype) -> Tensor:
+    """Exactly ``before`` where ramp is 0. Float32 in between: near 0 and 1 one of the two is a small part."""
+    return torch.lerp(before.to(torch.float32), after, ramp).to(dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -26,6 +26,9 @@ from .ternary import DEFINITION
 CONFIG_KEY = "axolotl_bitnet"
 """Key of config.json under which a converted model lists its ternary and its dense linear layers."""
 
+RAMP_KEY = "ramp"
+"""In that entry: lambda, while it is below 1 (:mod:`axolotl_bitnet.training.ramp`)."""
+
 _HEADS = {"lm_head", "embed_out", "score", "classifier"}
 _ROUTERS = {"gate", "router", "wg", "shared_expert_gate"}
 _TOWERS = re.compile(r"vision|visual|image|audio|speech|multi_?modal|mm_projector|connector|aligner")
@@ -87,6 +90,18 @@ def convert_to_bitlinear(
         entry = {"definition": DEFINITION, "converted": list(plan.converted), "dense": list(plan.dense)}
         setattr(config, CONFIG_KEY, entry | ({"saved_as": saved_as} if saved_as else {}))
     return plan.converted
+
+
+def unfinished_ramp(entry: Any) -> str | None:
+    """Why a model with this entry in its config is not ternary yet, and what to do; None if it is."""
+    value = entry.get(RAMP_KEY) if isinstance(entry, dict) else None
+    if value is None:
+        return None
+    return (
+        f"the ramp had come to lambda = {value:.3g} when this was saved: what trained lies between the dense "
+        "model and the ternary one, and its codes are another model. Go on until lambda is 1: resume from "
+        "the last checkpoint with more steps (max_steps, num_epochs), or train anew with fewer ramp_steps"
+    )
 
 
 def plan_conversion(model: nn.Module, skip_modules: Iterable[str] = ()) -> Plan:

@@ -6,7 +6,8 @@ while it has it. The parameters stay where they were, under the same names, and 
 unfused layers: what changes is traffic and memory.
 
 Recognized by class name, in transformers' own version and in Liger's. A module falls back to the unfused
-formula whenever something watches or manages its parts: hooks, parameters that are not there (ZeRO-3).
+formula whenever something watches or manages its parts: hooks, parameters that are not there (ZeRO-3), a ramp
+under way.
 """
 
 from __future__ import annotations
@@ -187,6 +188,7 @@ def _is_bare(layer: nn.Module) -> bool:
     """Whether calling the layer would do nothing but its own forward."""
     return (
         type(layer) is BitLinear
+        and layer.ramp is None
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
         and not layer._backward_hooks

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..convert import CONFIG_KEY, unfinished_ramp
 from ..fingerprint import Fingerprint, TensorFingerprint, digest_rows, merge_digests
 from ..ternary import abs_sum, absmean, codes_of, scale_of
 from .source import TernaryCheckpoint, read_plan
@@ -45,7 +46,8 @@ class LatentCheckpoint(TernaryCheckpoint):
     and tokenizer are those of ``output_dir``, the folder ``self.companions``.
 
     Raises:
-        CheckpointError: no safetensors or no config there, or a converted layer has no floating-point matrix.
+        CheckpointError: no safetensors or no config there, a converted layer has no floating-point matrix, or
+            training ended on the way from a dense model (`bitnet.ramp_steps`).
     """
 
     def __init__(self, folder: str | Path):
@@ -54,6 +56,8 @@ class LatentCheckpoint(TernaryCheckpoint):
         self.companions = self.folder.resolve().parent if merged else self.folder
         self.config = read_json(self.companions / "config.json")
         self.names = read_plan(self.config, self.companions / "config.json")
+        if problem := unfinished_ramp(self.config.get(CONFIG_KEY)):
+            raise CheckpointError(f"{self.folder}: {problem}")
         self.reader = CheckpointReader(self.folder)
         self.entries = self.reader.entries
         self.keys = {name: f"{self.names.stem(name, self.entries)}.weight" for name in self.names.converted}

@@ -26,6 +26,7 @@ from .. import shard_ops
 from ..bitlinear import BitLinear
 from ..gathered_weight import GatheredWeight
 from ..ternary import absmean, scale_of
+from .ramp import ramping
 
 
 class _Scales:
@@ -155,7 +156,8 @@ def _is_ternary(param: Any) -> bool:
 
 
 class GatherTernary(TrainerCallback):
-    """Makes FSDP2 gather codes when training begins: models are sharded by then."""
+    """Makes FSDP2 gather codes when training begins, for models are sharded by then; or when a ramp ends, for
+    until then layers need latents."""
 
     def __init__(self, *references: nn.Module) -> None:
         """
@@ -163,7 +165,15 @@ class GatherTernary(TrainerCallback):
             references: models beside the policy that may be sharded too.
         """
         self.references = references
+        self.done = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.done = False
+        self.on_step_begin(args, state, control, **kwargs)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.done or ramping(kwargs["model"]):
+            return
         for model in (kwargs["model"], *self.references):
             gather_ternary(model)
+        self.done = True

@@ -175,6 +175,7 @@ class Step:
     def __init__(self, loss: Callable[..., tuple[Tensor, Tensor]], model: Any, reference: Any, flat: Flat):
         self._loss, self._model, self._reference, self._flat = loss, model, reference, flat
         self._graph: torch.cuda.CUDAGraph | None = None
+        self.captured_in = 0.0  # seconds
         self._ids = self._labels = self._result = torch.empty(0)
 
     def _run(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -187,6 +188,9 @@ class Step:
 
     def capture(self, ids: Tensor, labels: Tensor) -> None:
         """Warm up (kernels are compiled at their first launch), then record."""
+        torch.cuda.synchronize()
+        began = time.monotonic()
+        self._graph = None
         self._ids, self._labels = ids.clone(), labels.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -198,6 +202,8 @@ class Step:
         with torch.cuda.graph(graph):
             self._result = self._run(self._ids, self._labels)
         self._graph = graph
+        torch.cuda.synchronize()
+        self.captured_in = time.monotonic() - began
 
     def __call__(self, ids: Tensor, labels: Tensor) -> Tensor:
         if self._graph is None:
@@ -288,14 +294,16 @@ def train(
     first = last = codes_of(model)
     quarter, quarter_at = first, setting.steps * 3 // 4
     step_of, curve, losses, spent = Step(loss, model, reference, flat), [], [], 0.0
-    wait_for_lambda = "graph" in mode and DEVICE == "cuda"
+    captured: bool | None = None  # whether on the ramp
     clock = time.monotonic()
     for step in range(setting.steps):
         ramp = set_lambda(model, setting, step)
-        if wait_for_lambda and ramp == 1.0:  # a graph would keep the lambda it was recorded with
+        if (
+            "graph" in mode and DEVICE == "cuda" and captured is not (ramp < 1)
+        ):  # the layers change paths at 1
             step_of.capture(ids[step], labels[step])
-            wait_for_lambda = False
-            clock = time.monotonic()
+            captured = ramp < 1
+            clock += step_of.captured_in
         set_rate(optimizer, step, setting.steps)
         losses.append(step_of(ids[step], labels[step]).clone())
         optimizer.step()

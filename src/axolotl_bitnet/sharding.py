@@ -6,7 +6,7 @@ anywhere in a row. To gather them all ranks must take part, in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -52,6 +52,18 @@ def gathered(weight: Tensor, write: bool = False) -> AbstractContextManager[Any]
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([weight], modifier_rank=0 if write else None)
+
+
+def fsdp1_unit_of(model: nn.Module) -> Callable[[nn.Module], nn.Module | None]:
+    """A function that gives the FSDP1 unit which holds a module's weights, or None."""
+    units = _fsdp1_units(model)
+    names = {id(module): name for name, module in model.named_modules()} if units else {}
+
+    def unit_of(module: nn.Module) -> nn.Module | None:
+        unit = _innermost(names[id(module)], units) if units else None
+        return None if unit is None else units[unit]
+
+    return unit_of
 
 
 def _whole(name: str, layer: BitLinear) -> Tensor:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from .commands import command_refusals
 from .layouts import fsdp_refusals, layout_refusals
 from .preference import preference_refusals
+from .watching import ramp_refusals
 
 
 class BitNetConfig(BaseModel):
@@ -61,6 +62,19 @@ class BitNetConfig(BaseModel):
         default="auto",
         json_schema_extra={
             "description": "What FSDP2 gathers: 2-bit codes (auto: where it can), or weights as they are."
+        },
+    )
+    ramp_steps: int = Field(
+        default=0,
+        ge=0,
+        json_schema_extra={
+            "description": "Steps from the dense model to the ternary one, for bases that were never ternary."
+        },
+    )
+    monitor: bool = Field(
+        default=True,
+        json_schema_extra={
+            "description": "Log flips, zeros, scale drift and oscillation of the codes, and warn."
         },
     )
     export: list[Literal["packed"]] = Field(
@@ -159,6 +173,7 @@ def refusals(cfg: Mapping[str, Any]) -> list[str]:
     found += layout_refusals(cfg)
     found += preference_refusals(cfg)
     found += command_refusals(cfg)
+    found += ramp_refusals(cfg)
     bitnet = cfg.get("bitnet")
     if isinstance(bitnet, Mapping) and bitnet.get("learning_rate_scope") == "ternary":
         found += _scope_refusals(cfg)

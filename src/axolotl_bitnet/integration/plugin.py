@@ -39,6 +39,7 @@ from .resume import (
     settle,
 )
 from .rollouts import push_dense_ternary
+from .watching import watch
 
 # A child of Axolotl's logger has its handler and level. Axolotl's own wrapper asks for the process group,
 # which is gone when the artifacts are made.
@@ -139,12 +140,13 @@ class BitNetPlugin(BasePlugin):
             return []
         if cfg.rl and self._reference is None:  # where Axolotl trains, it has loaded one by now
             refuse_dense_reference(cfg, trainer)
+        callbacks = watch(cfg, trainer, _options(cfg), self._resumed)
         if cfg.deepspeed:
-            return []
+            return callbacks
         if cfg.fsdp_config:  # whole weights are not there to keep
-            return _gathering(cfg, trainer)
+            return callbacks + _gathering(cfg, trainer)  # a ramp ends before codes are gathered
         rereads = (cfg.gradient_accumulation_steps or 1) > 1 or bool(cfg.gradient_checkpointing)
-        return [KeepCodes()] if rereads else []
+        return callbacks + ([KeepCodes()] if rereads else [])
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if not cfg.use_onebitllms:

@@ -21,9 +21,8 @@ def preference_refusals(cfg: Mapping[str, Any]) -> list[str]:
         ]
     found: list[str] = []
     trl = _block(cfg.get("trl"))
-    beta = trl.get("beta") if trl.get("beta") is not None else cfg.get("rl_beta")
     sharded = [key for key in ("fsdp_config", "fsdp", "deepspeed") if cfg.get(key)]
-    if sharded and method in _OWN_REFERENCE and (method == "kto" or beta):
+    if sharded and method in _OWN_REFERENCE and has_reference(cfg):
         other = "" if method == "kto" else ", or set `trl.beta: 0` to do without a reference"
         found.append(
             f"`rl: {method}` with `{sharded[0]}` and `use_onebitllms`: TRL loads a dense reference model and "
@@ -32,6 +31,14 @@ def preference_refusals(cfg: Mapping[str, Any]) -> list[str]:
     if method in ("grpo", "gdpo"):
         found += _rollout_refusals(cfg, trl)
     return found
+
+
+def has_reference(cfg: Mapping[str, Any]) -> bool:
+    """Whether this config's `rl:` method compares the policy with a reference model."""
+    method = getattr(cfg.get("rl"), "value", cfg.get("rl"))
+    trl = _block(cfg.get("trl"))
+    beta = trl.get("beta") if trl.get("beta") is not None else cfg.get("rl_beta")
+    return method in ("dpo", "ipo", "kto") or (method in ("grpo", "gdpo") and bool(beta))
 
 
 def _rollout_refusals(cfg: Mapping[str, Any], trl: Mapping[str, Any]) -> list[str]:

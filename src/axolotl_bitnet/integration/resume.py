@@ -32,6 +32,7 @@ _WHY = {
     "latent_dtype": "latents and optimizer state have the precision they were saved in",
     "learning_rate_multiplier": "the rates come out of the checkpoint, and the change would have no effect",
     "learning_rate_scope": "the optimizer's groups come out of the checkpoint",
+    "ramp_steps": "lambda follows the steps that are done, and would jump",
 }
 
 

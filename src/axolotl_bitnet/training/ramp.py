@@ -11,6 +11,7 @@ ramp has come, and what is saved on the way is not taken for a ternary model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -105,13 +106,43 @@ class RampSchedule(TrainerCallback):
         self._set(kwargs["model"], state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.value != 1:  # losses rise with lambda: the best so far is of another, denser model
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self._set(kwargs["model"], state.global_step)
+
+    def logs(self) -> dict[str, float]:
+        """What goes into the Trainer's log: ``bitnet/ramp``, lambda of the last step."""
+        return {} if self.value is None else {"bitnet/ramp": round(self.value, 6)}
 
     def _set(self, model: nn.Module, step: int) -> None:
         value = lambda_at(step, self.ramp_steps)
         if value != self.value:
             set_ramp(model, value)
             self.value = value
+
+
+def log_ternary_loss(trainer: Any) -> None:
+    """Let a transformers Trainer evaluate twice during a ramp: at the lambda that trains (``eval_loss``) and
+    fully ternary (``eval_ternary_loss``), in one entry of its log."""
+    evaluation_loop = trainer.evaluation_loop
+
+    def evaluate_both(*args: Any, **kwargs: Any) -> Any:
+        output = evaluation_loop(*args, **kwargs)
+        if not ramping(trainer.model):
+            return output
+        # Trainers gather figures of their own on the way; they are to be of the model that trains.
+        gathered = [vars(trainer).get(name) for name in ("_metrics", "_stored_metrics")]
+        kept = [(held, copy.deepcopy(held["eval"])) for held in gathered if held and "eval" in held]
+        with fully_ternary(trainer.model):
+            ternary = evaluation_loop(*args, **(kwargs | {"prediction_loss_only": True}))
+        for held, figures in kept:
+            held["eval"] = figures
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if (loss := ternary.metrics.get(f"{prefix}_loss")) is not None:
+            output.metrics[f"{prefix}_ternary_loss"] = loss
+        return output
+
+    trainer.evaluation_loop = evaluate_both
 
 
 def too_short(ramp_steps: int, max_steps: int) -> str:

@@ -1,0 +1,116 @@
+"""Distillation by Axolotl's kd plugin: a dense teacher's log-probabilities, a ternary student."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("axolotl")
+from runs import ROOT, TINY, train
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+RECIPE = ROOT / "examples" / "falcon-e" / "distill.yaml"
+SCRIPT = RECIPE.with_name("distill_teacher.py")
+TOP_K = 8
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY / "model"))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY / "model").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def taught(teacher: Path) -> Path:
+    """The teacher's log-probabilities of forty conversations."""
+    lines = (TINY / "heldout.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:40]
+    conversations = teacher / "conversations.jsonl"
+    conversations.write_text("".join(lines), encoding="utf-8")
+    out = teacher / "teacher.parquet"
+    command = [sys.executable, str(SCRIPT), str(teacher), str(conversations), str(out)]
+    subprocess.run([*command, "--top-k", str(TOP_K), "--batch", "16"], check=True, capture_output=True)
+    return out
+
+
+def test_the_script_writes_the_teachers_own_distribution(teacher: Path, taught: Path) -> None:
+    from datasets import load_dataset
+
+    rows = load_dataset("parquet", data_files=str(taught), split="train", cache_dir=str(teacher / "cache"))
+    assert len(rows) == 40
+    row = rows[17]
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    ids = tokenizer.apply_chat_template(row["messages"], return_dict=False)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(teacher)(torch.tensor([ids])).logits[0]
+    want, places = logits.log_softmax(-1).topk(TOP_K)
+    assert row["target_token_ids"] == places.tolist()
+    torch.testing.assert_close(torch.tensor(row["logprobs"]), want, atol=1e-5, rtol=0)
+
+
+def _settings(folder: Path, teacher: Path, taught: Path, **changes: Any) -> dict[str, Any]:
+    settings = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    settings["datasets"][0]["path"] = str(taught)
+    settings |= {
+        "base_model": str(teacher),
+        "output_dir": str(folder / "out"),
+        "dataset_prepared_path": str(folder / "prepared"),
+        "dataset_num_proc": 1,
+        "dataloader_num_workers": 0,
+        "bf16": False,
+        "optimizer": "adamw_torch",
+        "sequence_len": 64,
+        "logging_steps": 1,
+        "max_steps": 5,
+        **changes,
+    }
+    return settings
+
+
+@pytest.mark.slow
+def test_a_ternary_student_learns_from_its_dense_original(
+    tmp_path: Path, teacher: Path, taught: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # the plugin compiles its loss
+    seen: list[dict[str, Any]] = []
+    from axolotl.integrations.kd.trainer import AxolotlKDTrainer
+
+    compute_loss = AxolotlKDTrainer.compute_loss
+
+    def watched(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(dict(inputs))
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(AxolotlKDTrainer, "compute_loss", watched)
+    # of the teacher's answers alone, so that the first loss is a divergence that can be computed here
+    run = train(_settings(tmp_path, teacher, taught, kd_ce_alpha=0.0, kd_alpha=1.0))
+    assert type(run.trainer).__name__ == "AxolotlKDTrainer"
+    assert len(run.losses) == 5 and run.losses[-1] < run.losses[0]
+    record = json.loads((tmp_path / "out" / "bitnet.json").read_text(encoding="utf-8"))
+    assert record["artifacts"]["packed"]["verified"] is True and len(record["converted"]) == 14
+    batch = seen[0]
+    assert batch["target_mask"].any() and batch["target_logprobs"].shape[-1] == TOP_K
+    assert run.losses[0] == pytest.approx(_divergence(teacher, batch), rel=1e-3)
+
+
+def _divergence(teacher: Path, batch: dict[str, Any]) -> float:
+    """The first batch's loss, from the teacher's weights made ternary here."""
+    from axolotl_bitnet import convert_to_bitlinear
+
+    student = AutoModelForCausalLM.from_pretrained(teacher)
+    convert_to_bitlinear(student)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+    with torch.no_grad():
+        likely = student(**inputs).logits.log_softmax(-1).gather(-1, batch["target_token_ids"])
+    apart = batch["target_logprobs"].exp() * (batch["target_logprobs"] - likely)
+    return float(apart[batch["target_mask"].bool()].sum() / (batch["labels"] != -100).sum())

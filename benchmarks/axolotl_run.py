@@ -88,8 +88,6 @@ def main(config: str, name: str, tokens: str, out: str) -> None:
     import torch
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets
-    from axolotl.core.builders.causal import HFCausalTrainerBuilder
-    from axolotl.train import train
     from axolotl.utils.dict import DictDefault
     from transformers import TrainerCallback
 
@@ -107,6 +105,11 @@ def main(config: str, name: str, tokens: str, out: str) -> None:
 
     settings = json.loads(Path(config).read_text())
     float32 = settings.pop("float32_weights", False)
+    cfg = load_cfg(DictDefault(settings))
+    # Only now: plugins extend the training arguments, which are put together when these are imported.
+    from axolotl.core.builders.causal import HFCausalTrainerBuilder
+    from axolotl.train import train
+
     build = HFCausalTrainerBuilder.build
 
     def build_and_watch(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +120,6 @@ def main(config: str, name: str, tokens: str, out: str) -> None:
         return trainer
 
     HFCausalTrainerBuilder.build = build_and_watch
-    cfg = load_cfg(DictDefault(settings))
     _, _, trainer = train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     print(f"peak {peak:.1f} GiB")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-_REFERENCE = re.compile(r"^\S*\d+:\d+ ")  # "Ge1:1 ", before each verse of the King James Bible
+REFERENCE = re.compile(r"^\S*\d+:\d+ ")  # "Ge1:1 ", before each verse of the King James Bible
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _stream(parts: tuple[list[str], list[str]], tokenizer: Any, batch: int, leng
 def _conversations(parts: tuple[list[str], list[str]], tokenizer: Any, batch: int, length: int) -> Batches:
     encoded = []
     for part in parts:
-        verses = [_REFERENCE.sub("", line) for line in part]
+        verses = [REFERENCE.sub("", line) for line in part]
         starts = range(0, len(verses) - 9, 9)
         answers = [" ".join(verses[i + 1 : i + 9]) for i in starts]
         encoded.append(_chats(tokenizer, [verses[i] for i in starts], answers, length))
@@ -86,7 +86,7 @@ def _pairs(parts: tuple[list[str], list[str]], tokenizer: Any, batch: int, lengt
     shuffle = random.Random(0).shuffle
     encoded = []
     for part in parts:
-        verses = [_REFERENCE.sub("", line) for line in part]
+        verses = [REFERENCE.sub("", line) for line in part]
         questions, answers = [], []
         for i in range(0, len(verses) - 4, 4):
             words = " ".join(verses[i + 1 : i + 4]).split()

@@ -61,14 +61,18 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"messages": messages, "logprobs": logprobs.numpy(), "target_token_ids": ids.numpy()}
         batch.clear()
 
+    found = False
     with args.conversations.open(encoding="utf-8") as lines:
         for line in lines:
             messages = json.loads(line)["messages"]
             ids = tokenizer.apply_chat_template(messages, return_dict=False)
             if len(ids) <= args.sequence_len:  # Axolotl drops the others
                 batch.append((messages, ids))
+            found = found or bool(batch)
             if len(batch) == args.batch:
                 yield from flushed()
+    if not found:
+        raise ValueError(f"{args.conversations}: no conversation of {args.sequence_len} tokens or fewer")
     if batch:
         yield from flushed()
 

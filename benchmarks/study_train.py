@@ -226,6 +226,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _clear() -> None:
+    torch._dynamo.reset()  # a model of other dtypes would soon exceed its limit of variants
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()

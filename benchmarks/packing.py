@@ -3,12 +3,12 @@
     python benchmarks/packing.py [--layers 32] [--dtype bfloat16] [--shards 1 10] [--formats packed dense]
                                  [--repeats 3] [--onebitllms FOLDER] [--csv FILE] [--dir /tmp]
 
-A latent checkpoint with Falcon-E-3B's shapes (hidden 2048, intermediate 13312, 32 layers, 16 heads, 2 KV heads of
-128, vocabulary 32768, untied) is made of random numbers in a temporary folder. Each measurement is a process
-of its own; the checkpoint is in the page cache if there is memory for it. Of each are given the seconds, the
-peak resident memory, that above what it was after the imports (torch, transformers' Llama, the writer), the
-bytes written and the machine's load. Beside them: how fast the same disk takes as many bytes, from one
-sequential write and fsync.
+A latent checkpoint with Falcon-E-3B's shapes (hidden 2048, intermediate 13312, 32 layers, 16 heads, 2 KV
+heads of 128, vocabulary 32768, untied) is made of random numbers in a temporary folder. Each measurement is a
+process of its own; the checkpoint is in the page cache if there is memory for it. Of each are given the
+seconds, those of the processors, the peak resident memory, how far that is above what it was after the
+imports (torch, transformers' Llama, the writer), the bytes written and the machine's load. Beside them: how
+fast the same disk takes as many bytes, from one sequential write and fsync.
 
 ``--onebitllms`` is a folder with onebitllms 0.0.4 in it (pip install --target, or its wheel unzipped): its
 ``quantize_to_1bit`` runs on a CPU. Linux only: the peak is VmHWM of /proc/self/status, because getrusage's
@@ -38,18 +38,8 @@ from axolotl_bitnet.convert import CONFIG_KEY
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "falcon-e" / "tiny" / "model"
 FIELDS = [
-    "writer",
-    "dtype",
-    "shards",
-    "layers",
-    "latents_MiB",
-    "largest_MiB",
-    "written_MiB",
-    "seconds",
-    "peak_MiB",
-    "above_imports_MiB",
-    "load",
-    "disk_MiB_s",
+    *("writer", "dtype", "shards", "layers", "latents_MiB", "largest_MiB", "written_MiB", "seconds"),
+    *("cpu_seconds", "peak_MiB", "above_imports_MiB", "load", "disk_MiB_s"),
 ]
 
 
@@ -120,10 +110,10 @@ def write_and_report(name: str, source: str, target: str, onebitllms: str | None
         write = FORMATS[name].write
         if name.startswith("gguf"):
             __import__("gguf")
-    before, start = memory("VmRSS"), time.perf_counter()
+    before, start, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
     write(source, target)
-    seconds = time.perf_counter() - start
-    print(json.dumps({"before": before, "peak": memory("VmHWM"), "seconds": seconds}))
+    took = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+    print(json.dumps({"before": before, "peak": memory("VmHWM"), **took}))
 
 
 def disk_rate(folder: Path, nbytes: int) -> float:
@@ -152,6 +142,7 @@ def measure(folder: Path, name: str, onebitllms: str | None) -> dict[str, Any]:
     return {
         "written_MiB": mib(written),
         "seconds": round(result["seconds"], 1),
+        "cpu_seconds": round(result["cpu"], 1),
         "peak_MiB": mib(result["peak"]),
         "above_imports_MiB": mib(result["peak"] - result["before"]),
         "load": round(load, 1),

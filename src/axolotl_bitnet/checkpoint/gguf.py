@@ -30,6 +30,7 @@ from .gguf_reader import CONFIG, GGUFCheckpoint
 from .gguf_tokenizer import Vocabulary, read_vocabulary
 from .progress import begin
 from .stream import CheckpointError, disk_errors, require_space
+from .threads import one_thread
 
 if TYPE_CHECKING:
     from .source import TernaryCheckpoint
@@ -97,7 +98,7 @@ def export_gguf(
     architecture = llama.architecture_of(source.config)
     parts = _plan(source, architecture, type, embeddings)
     vocabulary = read_vocabulary(source.companions, llama.shape_of(source.config).vocabulary)
-    with disk_errors(target), _whole_file(target, overwrite) as work:
+    with one_thread(), disk_errors(target), _whole_file(target, overwrite) as work:
         _write(work, source, architecture, parts, vocabulary, type, _name(source))
         if check is not None:
             check(work)

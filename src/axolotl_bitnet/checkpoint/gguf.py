@@ -96,10 +96,11 @@ def export_gguf(
     if target.resolve() == source.folder.resolve():
         raise CheckpointError(f"{file} would replace what it is written from: name another file")
     architecture = llama.architecture_of(source.config)
+    metadata = llama.metadata_of(architecture, source.config)
     parts = _plan(source, architecture, type, embeddings)
     vocabulary = read_vocabulary(source.companions, llama.shape_of(source.config).vocabulary)
     with one_thread(), disk_errors(target), _whole_file(target, overwrite) as work:
-        _write(work, source, architecture, parts, vocabulary, type, _name(source))
+        _write(work, source, architecture, parts, metadata, vocabulary, type)
         if check is not None:
             check(work)
     return target
@@ -158,17 +159,17 @@ def _write(
     source: TernaryCheckpoint,
     architecture: llama.Architecture,
     parts: list[_Part],
+    metadata: dict[str, int | float | str],
     vocabulary: Vocabulary,
     type: str,
-    name: str,
 ) -> None:
     gguf = library()
     writer = gguf.GGUFWriter(path, architecture.ggml)
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name(source.companions.resolve().name)  # of the path no more, for the file travels
     writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{type.upper()}"))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for key, value in llama.metadata_of(architecture, source.config).items():
+    for key, value in metadata.items():
         _add(writer, key, value)
     _add(writer, CONFIG, json.dumps(source.config, ensure_ascii=False, separators=(",", ":")))
     _add_vocabulary(writer, vocabulary)
@@ -264,11 +265,6 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     templates = [{"name": name, "template": text} for name, text in vocabulary.templates.items()]
     if templates:
         writer.add_chat_template(templates)
-
-
-def _name(source: TernaryCheckpoint) -> str:
-    """A name for people; of a path only the last part, for the file travels."""
-    return source.companions.resolve().name
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def scale_to_fp16(s: Tensor) -> Tensor:
         ValueError: fp16 cannot hold it, so that ``s`` would not come back.
     """
     d = s.to(torch.float32).reciprocal().to(torch.float16)
-    if not bool(d > 0) or not torch.equal(scale_from_fp16(d), s):
+    if not 0 < float(d) < float("inf") or not torch.equal(scale_from_fp16(d), s):
         raise ValueError(f"the scale {float(s):g} has no fp16 reciprocal that gives it back")
     return d
 

@@ -47,6 +47,8 @@ def rebuild_config(header: Header) -> dict[str, Any]:
         rope |= {"rope_type": scaling, "factor": float(need("rope.scaling.factor"))}
     if scaling == "yarn":
         rope["original_max_position_embeddings"] = int(need("rope.scaling.original_context_length"))
+        if (attention := metadata.get(f"{name}.rope.scaling.attn_factor")) is not None:
+            rope["attention_factor"] = float(attention) * llama.yarn_attention(rope["factor"])
     biases = {stem for stem in found.biases if f"blk.0.{stem}.bias" in tensors}
     config: dict[str, Any] = {
         "architectures": [found.transformers],

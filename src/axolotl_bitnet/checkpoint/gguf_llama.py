@@ -220,20 +220,24 @@ def _yarn(name: str, rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict
             raise CheckpointError(f"rope_type yarn with {key}: not written as GGUF")
     if rope.get("truncate") is False:
         raise CheckpointError("rope_type yarn with truncate false: llama.cpp always truncates")
-    factor = float(rope["factor"])
-    values: dict[str, int | float | str] = {
-        f"{name}.rope.scaling.original_context_length": int(
-            rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        ),
-    }
+    if (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1) != (32, 1):
+        raise CheckpointError(
+            "rope_type yarn with another beta_fast or beta_slow than 32 and 1: llama.cpp takes them from its "
+            "command line, not from the file"
+        )
+    before = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    values: dict[str, int | float | str] = {f"{name}.rope.scaling.original_context_length": int(before)}
     if rope.get("attention_factor") is not None:
-        # transformers multiplies by it alone, llama.cpp by it times its own default
-        attention = float(rope["attention_factor"]) / (1 + 0.1 * math.log(factor))
-        values[f"{name}.rope.scaling.yarn_attn_factor"] = attention
-    for key in ("beta_fast", "beta_slow"):
-        if rope.get(key) is not None:
-            values[f"{name}.rope.scaling.yarn_{key}"] = float(rope[key])
+        # transformers multiplies by it alone, llama.cpp by it times its own default; and llama.cpp reads this
+        # key, not yarn_attn_factor, which its converter writes
+        attention = float(rope["attention_factor"]) / yarn_attention(float(rope["factor"]))
+        values[f"{name}.rope.scaling.attn_factor"] = attention
     return values
+
+
+def yarn_attention(factor: float) -> float:
+    """What llama.cpp multiplies yarn's attention by, beside what a file tells it."""
+    return 1 + 0.1 * math.log(factor)
 
 
 def rope_factors(config: Mapping[str, Any]) -> Tensor | None:

@@ -74,7 +74,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     else:
         scores = _scores(tokens, types, spec, folder)
         vocabulary = Vocabulary("llama", "default", tokens, types, scores=scores)
-        vocabulary.numbers["add_space_prefix"] = _adds_space(spec)
+        vocabulary.numbers["add_space_prefix"] = _adds_space(spec, folder)
     vocabulary.numbers |= _special(tokenizer, folder)
     template = tokenizer.chat_template
     vocabulary.templates = {"default": template} if isinstance(template, str) else dict(template or {})
@@ -179,12 +179,19 @@ def _scores(tokens: list[str], types: list[int], spec: Mapping[str, Any], folder
     ]
 
 
-def _adds_space(spec: Mapping[str, Any]) -> bool:
+def _adds_space(spec: Mapping[str, Any], folder: Path) -> bool:
+    """Whether a text gets a space in front."""
     steps = [*_steps(spec.get("normalizer")), *_steps(spec.get("pre_tokenizer"))]
-    return any(
-        kind == "Prepend" or (kind == "Metaspace" and part.get("prepend_scheme", "always") != "never")
-        for kind, part in steps
+    if any(kind == "Prepend" for kind, _ in steps):
+        return True
+    if not any(kind == "Metaspace" and part.get("prepend_scheme") != "never" for kind, part in steps):
+        return False
+    LOG.warning(
+        "%s: llama.cpp puts a space in front of every text, this tokenizer only where there is none: texts "
+        "that begin with a space get one token more",
+        folder,
     )
+    return True
 
 
 def _special(tokenizer: Any, folder: Path) -> dict[str, int | bool]:

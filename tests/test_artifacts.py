@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from axolotl_bitnet.checkpoint.artifacts import finish_run, set_aside, weight_bytes
+from axolotl_bitnet.checkpoint.artifacts import finish_run, made_in, set_aside, weight_bytes
+from axolotl_bitnet.checkpoint.formats import Format
 from axolotl_bitnet.checkpoint.stream import INDEX, SINGLE, CheckpointError, SafetensorsWriter, read_json
 from axolotl_bitnet.checkpoint.verify import RUN_FILE, VerificationError, verify_checkpoint
 from axolotl_bitnet.convert import convert_to_bitlinear
@@ -129,6 +130,74 @@ def test_disk_full_while_packing(
     assert finish_run(tmp_path, trained, ["packed"], verify=True).ok  # once there is space
 
 
+# Several artifacts
+
+
+SEVERAL = ["packed", "dense", "mlx"]
+
+
+def test_several_artifacts(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    trained = save(build(), tmp_path)
+    assert finish_run(tmp_path, trained, reversed(SEVERAL), verify=True).ok
+    assert left_in(tmp_path) == SAVED | {*SEVERAL, RUN_FILE}
+    assert list(read_json(tmp_path / RUN_FILE)["artifacts"]) == SEVERAL
+    assert list(made_in(tmp_path)) == SEVERAL
+    for name in SEVERAL:
+        assert verify_checkpoint(tmp_path / name, tmp_path).ok
+
+
+@pytest.mark.parametrize("broken", SEVERAL)
+@pytest.mark.parametrize("how", ["write", "proof"])
+def test_one_that_fails_costs_no_other(
+    build: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, how: str
+) -> None:
+    trained = save(build(), tmp_path)
+    weights = (tmp_path / SINGLE).read_bytes()
+    original = Format.write if how == "write" else Format.open
+
+    def fails(self: Format, *args: Any, **options: Any) -> Any:
+        if self.name == broken:
+            raise OSError(28, "No space left on device")
+        return original(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Format, "write" if how == "write" else "open", fails)
+        with pytest.raises(OSError, match="No space left"):
+            finish_run(tmp_path, trained, SEVERAL, verify=True)
+    others = [name for name in SEVERAL if name != broken]
+    assert left_in(tmp_path) == SAVED | {*others, RUN_FILE}
+    assert (tmp_path / SINGLE).read_bytes() == weights
+    artifacts = read_json(tmp_path / RUN_FILE)["artifacts"]
+    assert artifacts[broken] == {"verified": False, "error": "[Errno 28] No space left on device"}
+    assert all(artifacts[name]["verified"] is True for name in others) and list(made_in(tmp_path)) == others
+    assert all(verify_checkpoint(tmp_path / name, tmp_path).ok for name in others)
+
+
+def test_every_failure_is_told(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    save(build(), tmp_path)
+    with pytest.raises(VerificationError, match="packed: NOT") as caught:
+        finish_run(tmp_path, fingerprint_model(build()), SEVERAL, verify=True)
+    assert [note.split(":")[1].strip() for note in caught.value.__notes__] == ["dense", "mlx"]
+    artifacts = read_json(tmp_path / RUN_FILE)["artifacts"]
+    assert [len(artifacts[name]["mismatches"]) for name in SEVERAL] == [7, 7, 7]
+    assert left_in(tmp_path) == SAVED | {RUN_FILE} and made_in(tmp_path) == {}
+    assert made_in(tmp_path / "nowhere") == {}
+
+
+def test_an_interrupt_is_not_swallowed(
+    build: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = save(build(), tmp_path)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SafetensorsWriter, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finish_run(tmp_path, trained, SEVERAL, verify=True)
+    assert left_in(tmp_path) == SAVED | {RUN_FILE}
+
+
 # A previous run in the same folder
 
 
@@ -149,8 +218,8 @@ def test_previous_run_is_replaced(
     build: Callable[[], nn.Module], tmp_path: Path, options: dict[str, str]
 ) -> None:
     """Its shards and index, too, when this run saves a single file."""
-    finish_run(tmp_path, save(build(), tmp_path, **options), ["packed"], verify=True)
-    stale = {name for name in left_in(tmp_path) if name.startswith("model")} | {"packed", RUN_FILE}
+    finish_run(tmp_path, save(build(), tmp_path, **options), SEVERAL, verify=True)
+    stale = {name for name in left_in(tmp_path) if name.startswith("model")} | {*SEVERAL, RUN_FILE}
     assert (INDEX in stale) == bool(options)
     assert set_aside(tmp_path) == sorted(stale)
     assert left_in(tmp_path / "_previous") == stale
@@ -159,6 +228,8 @@ def test_previous_run_is_replaced(
     model = build()
     trained = save(model, tmp_path)
     assert left_in(tmp_path / "_previous") == stale  # until this run's are in place
+    for leftover in (".mlx.partial-x", ".dense.old-y"):  # of a run that was killed
+        (tmp_path / leftover).mkdir()
     assert finish_run(tmp_path, trained, ["packed"], verify=True).ok
     assert left_in(tmp_path) == SAVED | {"packed", RUN_FILE}
     head = load_file(tmp_path / SINGLE)["lm_head.weight"]

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from zoo import HAS_GGUF, MADE, copy_of, flip_code, make_run
 
+from axolotl_bitnet.checkpoint.artifacts import weight_bytes
+from axolotl_bitnet.checkpoint.formats import FORMATS
+from axolotl_bitnet.checkpoint.progress import listening
+from axolotl_bitnet.checkpoint.stream import SafetensorsWriter
+from axolotl_bitnet.checkpoint.verify import verify_checkpoint
 from axolotl_bitnet.convert import convert_to_bitlinear
 from axolotl_bitnet.integration.cli import main
 
@@ -23,6 +35,13 @@ def run_folder(tmp_path: Path, tiny_model: Callable[..., torch.nn.Module]) -> Pa
     convert_to_bitlinear(model)
     model.save_pretrained(tmp_path / "run")
     return tmp_path / "run"
+
+
+def _json(*arguments: str | Path) -> Any:
+    """What a command says as JSON: nothing else may be on stdout."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
 
 
 def _call(*arguments: str | Path) -> tuple[int, str]:
@@ -64,6 +83,149 @@ def test_errors_are_sentences(tmp_path: Path) -> None:
     assert code == 2 and "config.json does not exist" in output and "Traceback" not in output
     code, output = _call("verify", tmp_path)
     assert code == 2 and "Traceback" not in output
+
+
+# Every format
+
+
+COMMANDS = [("packed", ["pack"]), ("dense", ["revert"]), ("mlx", ["mlx"])]
+COMMANDS += [("gguf-tq2_0", ["gguf"]), ("gguf-tq1_0", ["gguf", "--type", "tq1_0"])] if HAS_GGUF else []
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_model: Callable[..., torch.nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tiny_model, tmp_path_factory.mktemp("run"))
+
+
+@pytest.mark.parametrize(("name", "words"), COMMANDS)
+def test_every_writer(whole_run: Path, tmp_path: Path, name: str, words: list[str]) -> None:
+    target = tmp_path / Path(FORMATS[name].path).name
+    code, output = _call(*words, whole_run, target)
+    assert code == 0 and f"{target}: " in output and "MiB" in output
+    code, output = _call(*words, whole_run, target)
+    assert code == 2 and "--overwrite" in output
+    outcome = _json(*words, whole_run, target, "--overwrite", "--json")
+    assert outcome == {
+        "format": name,
+        "path": str(target),
+        "bytes": weight_bytes(target),
+        "source_bytes": weight_bytes(whole_run),
+    }
+    code, output = _call("verify", target, "--against", whole_run, "--no-run")
+    assert code == 0 and output.startswith("verified: 7 ternary layers") and "not checked" not in output
+    if name != "packed":
+        assert _call("restore", target, tmp_path / "restored")[0] == 0
+        assert _call("verify", tmp_path / "restored", "--against", target, "--no-run")[0] == 0
+
+
+def test_verify_as_json(whole_run: Path, tmp_path: Path) -> None:
+    outcome = _json("verify", whole_run / "packed", "--json", "-p", "Once", "--prompt", "Twice upon")
+    assert outcome["ok"] is True and outcome["layers"] == 7
+    checks = {check["name"]: check for check in outcome["checks"]}
+    assert checks["logits"]["verdict"] == "same" and checks["logits"]["detail"].startswith("2 prompts")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n\ntwo\nthree\n")
+    outcome = _json("verify", whole_run / "packed", "--json", "--prompts", prompts)
+    assert next(c for c in outcome["checks"] if c["name"] == "logits")["detail"].startswith("3 prompts")
+
+    damaged, _ = copy_of(whole_run, "packed", tmp_path)
+    flip_code(damaged, "packed", random.Random(0))
+    code, output = _call("verify", damaged, "--against", whole_run, "--json")
+    outcome = json.loads(output)
+    assert code == 1 and outcome["ok"] is False
+    assert outcome["checks"][0]["verdict"] == "differs" and outcome["checks"][0]["mismatches"]
+    code, output = _call("verify", damaged, "--against", whole_run)
+    assert code == 1 and output.startswith("NOT the trained model") and "differs" in output
+
+
+def test_verify_finds_the_run_around_an_artifact(whole_run: Path, tmp_path: Path) -> None:
+    for name in MADE:
+        assert _call("verify", whole_run / FORMATS[name].path, "--no-run")[0] == 0
+    assert _call("verify", whole_run, "--no-run")[0] == 0  # the latents, against its own fingerprint
+    alone, _ = copy_of(whole_run, "packed", tmp_path)
+    code, output = _call("verify", alone)
+    assert code == 2 and "--against" in output
+
+
+def test_inspect(whole_run: Path) -> None:
+    code, output = _call("inspect", whole_run)
+    assert code == 0 and "latents (trained by axolotl-bitnet" in output and "q_proj" in output
+    outcome = _json("inspect", whole_run / "packed", "--json")
+    assert outcome["kind"] == "packed" and len(outcome["layers"]) == 7 and outcome["refused"]
+    code, output = _call("inspect", whole_run / "packed")
+    assert code == 0 and "refused: training: it is packed" in output
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(
+    whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(SafetensorsWriter, "write", lambda *_: pytest.fail("written to a full disk"))
+    for name, words in COMMANDS:
+        code, output = _call(*words, whole_run, tmp_path / name)
+        assert code == 2 and "no space" in output and "1,000 are free" in output, output
+        assert "bytes are needed" in output and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "words"), COMMANDS)
+def test_progress_is_told_in_bytes(whole_run: Path, tmp_path: Path, name: str, words: list[str]) -> None:
+    told: dict[str, list[int]] = {}
+
+    def begin(what: str, total: int) -> Callable[[int], None]:
+        assert what not in told
+        told[what] = [total, 0]
+
+        def advance(count: int) -> None:
+            told[what][1] += count
+
+        return advance
+
+    target = tmp_path / Path(FORMATS[name].path).name
+    with listening(begin):
+        FORMATS[name].write(whole_run, target)
+        verify_checkpoint(target, whole_run)
+    assert len(told) == 3 and all(total == done > 0 for total, done in told.values()), told
+    size = next(total for what, (total, _) in told.items() if what.startswith("writing"))
+    assert 0.9 * weight_bytes(target) < size <= weight_bytes(target)
+
+
+SLOWLY = """
+import sys, time
+from axolotl_bitnet.checkpoint import gguf, source, stream
+from axolotl_bitnet.integration.cli import main
+
+def slowly(function):
+    def run(*arguments):
+        time.sleep(0.2)
+        return function(*arguments)
+    return run
+
+stream.SafetensorsWriter.write = slowly(stream.SafetensorsWriter.write)
+gguf._stored = slowly(gguf._stored)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("words", [["pack"], pytest.param(["gguf"], marks=pytest.mark.slow)])
+def test_ctrl_c_leaves_nothing_behind(whole_run: Path, tmp_path: Path, words: list[str]) -> None:
+    """A real SIGINT while the file is being written."""
+    if words == ["gguf"] and not HAS_GGUF:
+        pytest.skip("needs the gguf package")
+    target = tmp_path / "target"
+    command = [sys.executable, "-c", SLOWLY, *words, str(whole_run), str(target)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while not list(tmp_path.glob(".target.partial-*")):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "nothing was left behind" in errors and "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_recipes_are_copied_once(tmp_path: Path) -> None:

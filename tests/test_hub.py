@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,15 +15,23 @@ import torch
 
 pytest.importorskip("axolotl.cli")
 
-from huggingface_hub import HfApi
+from click.testing import CliRunner
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from runs import TINY, config, train
 from transformers import AutoTokenizer
+from zoo import MADE, make_run
 
+from axolotl_bitnet.checkpoint.formats import FORMATS
 from axolotl_bitnet.checkpoint.verify import VerificationError, verify_checkpoint
-from axolotl_bitnet.fingerprint import Fingerprint
+from axolotl_bitnet.convert import convert_to_bitlinear
+from axolotl_bitnet.fingerprint import Fingerprint, fingerprint_model
 from axolotl_bitnet.integration import hub
 from axolotl_bitnet.integration import plugin as plugin_module
+from axolotl_bitnet.integration.args import BitNetConfig
+from axolotl_bitnet.integration.card import write_card
+from axolotl_bitnet.integration.cli import main
+from axolotl_bitnet.integration.finish import export_run
 
 Files = dict[str, bytes]
 
@@ -101,9 +110,13 @@ def test_the_packed_model_reaches_the_hub_whole_and_alone(
     repository: Hub, base: Path, tmp_path: Path
 ) -> None:
     """Two runs into one folder and one repository: no commit holds another run's packed model as its own."""
-    train(_pushing(tmp_path, base))
+    train(_pushing(tmp_path, base, bitnet={"export": ["packed", "dense"]}))
     first = repository.commits[-1][1]
-    assert _packed(first) and "bitnet.json" in first
+    assert _packed(first) and "bitnet.json" in first and "dense/model.safetensors" in first
+    card = first["README.md"].decode()
+    assert "built with axolotl" in card.lower() and card.count("## Ternary (1.58-bit) weights") == 1
+    assert "hf download someone/model --include 'packed/*' --include 'dense/*' --local-dir model" in card
+    assert 'from_pretrained("model/packed"' in card and "vllm serve model/dense" in card
     assert verify_checkpoint(_download(first, tmp_path / "first") / "packed", tmp_path / "first").ok
     assert [bool(_packed(files)) for _, files in repository.commits].count(True) == 1  # one commit, the last
 
@@ -112,6 +125,9 @@ def test_the_packed_model_reaches_the_hub_whole_and_alone(
     train(_pushing(tmp_path, base, max_steps=3))
     second = repository.commits[-1][1]
     assert "packed/stray.safetensors" not in second and "model.safetensors" in second
+    assert not any(name.startswith("dense/") for name in second)  # the earlier run's, not asked for again
+    card = second["README.md"].decode()
+    assert card.count("## Ternary (1.58-bit) weights") == 1 and "model/dense" not in card
     assert second["bitnet.json"] != first["bitnet.json"]
     assert verify_checkpoint(_download(second, tmp_path / "second") / "packed", tmp_path / "second").ok
     out = tmp_path / "out"
@@ -152,6 +168,66 @@ def test_a_run_that_fails_its_proof_leaves_no_packed_model_on_the_hub(
 def test_a_run_that_does_not_push_reaches_no_hub(repository: Hub, base: Path, tmp_path: Path) -> None:
     train(config(tmp_path, base, max_steps=1))
     assert repository.commits == [] and (tmp_path / "out" / "packed").is_dir()
+
+
+# The model card
+
+
+def test_the_card_s_commands_are_right(
+    tmp_path: Path, tiny_model: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Python is run, and its proofs."""
+    run = make_run(tiny_model, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    write_card("out", MADE, None)
+    card = (run / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        names: dict[str, Any] = {}
+        exec(block, names)
+        ids = names["tokenizer"]("one", return_tensors="pt").input_ids
+        with torch.compiler.set_stance("force_eager"):
+            assert bool(names["model"](ids).logits.isfinite().all())
+    lines = re.findall(r"^axolotl bitnet (.*)$", card, re.MULTILINE)
+    assert len(lines) == len(MADE)
+    for line in lines:
+        result = CliRunner().invoke(main, [*line.split(), "--no-run"])
+        assert result.exit_code == 0, result.output
+    for name in MADE:
+        assert f"out/{FORMATS[name].path}" in card
+
+
+def test_the_card_keeps_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    write_card(tmp_path, [], None)
+    assert not path.exists()
+    path.write_text("---\ntags:\n- mine\nlicense: mit\n---\n\n# My model\n\nWords, and more.\n")
+    write_card(tmp_path, ["packed"], None)
+    once = path.read_text()
+    card = ModelCard(once)
+    assert card.data.tags == ["mine", "bitnet", "ternary", "1.58-bit"] and card.data.license == "mit"
+    assert "# My model\n\nWords, and more." in once and once.count("## Ternary") == 1
+    write_card(tmp_path, ["packed"], None)
+    assert path.read_text() == once
+    write_card(tmp_path, ["dense", "mlx"], "someone/model")
+    other = path.read_text()
+    assert "Words, and more." in other and other.count("## Ternary") == 1 and "packed" not in other
+    write_card(tmp_path, [], None)  # a run that could make none
+    assert "Words, and more." in path.read_text() and "## Ternary" not in path.read_text()
+
+
+def test_a_card_that_cannot_be_written_costs_nothing(
+    tmp_path: Path, tiny_model: Callable[..., torch.nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("Llama", num_hidden_layers=1)
+    convert_to_bitlinear(model)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    (tmp_path / "README.md").mkdir()
+    with caplog.at_level(logging.WARNING, logger=hub.LOG.name):
+        export_run(tmp_path, fingerprint_model(model), BitNetConfig(), None)
+    assert any("model card" in record.getMessage() for record in caplog.records)
+    assert verify_checkpoint(tmp_path / "packed", tmp_path).ok
 
 
 def test_a_push_that_fails_says_how_to_do_it_again(

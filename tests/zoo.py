@@ -26,12 +26,7 @@ from axolotl_bitnet.fingerprint import fingerprint_model
 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "falcon-e" / "tiny"
 HAS_GGUF = importlib.util.find_spec("gguf") is not None
-MADE = [
-    name
-    for name, entry in FORMATS.items()
-    if (HAS_GGUF or not name.startswith("gguf"))
-    and importlib.util.find_spec(f"axolotl_bitnet.checkpoint.{entry.module}")
-]
+MADE = [name for name in FORMATS if HAS_GGUF or not name.startswith("gguf")]
 """Names of the formats that this machine can make."""
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -115,8 +110,6 @@ def flip_code(artifact: Path, kind: str, rng: random.Random) -> None:
             codes = unpack_words(old)
             flip(codes)
             tensors[key] = pack_words(codes)
-        elif kind == "w8a8":
-            flip(old)
         elif kind == "dense":
             codes = old.sign().to(torch.int8)
             flip(codes)
@@ -146,7 +139,7 @@ def change_scale(artifact: Path, kind: str, rng: random.Random) -> None:
         return
 
     def in_folder(tensors: dict[str, Tensor]) -> None:
-        if kind in ("packed", "w8a8"):
+        if kind == "packed":
             tensors[f"{Q}.weight_scale"] = next_one(tensors[f"{Q}.weight_scale"])
         elif kind == "mlx":
             row = rng.randrange(256)

@@ -90,7 +90,6 @@ _ALL = (
     _gguf("tq1_0"),
     Format("dense", "dense", "dense bfloat16", "revert", "dense", "revert_checkpoint", "DenseCheckpoint"),
     Format("mlx", "mlx", "2 bits, for MLX", "mlx", "mlx", "export_mlx", "MLXCheckpoint"),
-    Format("w8a8", "w8a8", "compressed-tensors W8A8", "w8a8", "w8a8", "export_w8a8", "W8A8Checkpoint"),
 )
 
 FORMATS: dict[str, Format] = {entry.name: entry for entry in _ALL}
@@ -148,8 +147,6 @@ def _kind(config: Mapping[str, Any]) -> str | None:
     """The format that a config.json speaks of: ours, packed by others ("foreign"), or None: latents."""
     method = config.get("quantization_config")
     if isinstance(method, dict):
-        if method.get("quant_method") == "compressed-tensors":
-            return "w8a8"
         return "packed" if CONFIG_KEY in config else "foreign"
     if isinstance(config.get("quantization"), dict):
         return "mlx"

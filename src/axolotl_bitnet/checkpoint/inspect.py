@@ -69,17 +69,12 @@ def inspect(path: str | Path) -> Inspection:
     """
     path = Path(path)
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
-    if config is None or isinstance(config.get("quantization"), dict) or _compressed(config):
+    if config is None or isinstance(config.get("quantization"), dict):
         return _artifact(path, open_checkpoint(path))
     reader = CheckpointReader(path)
     if any(entry.dtype == torch.uint8 for entry in reader.entries.values()):
         return _packed(path, reader, config)
     return _floating(path, reader, config)
-
-
-def _compressed(config: dict[str, Any]) -> bool:
-    method = config.get("quantization_config")
-    return isinstance(method, dict) and method.get("quant_method") == "compressed-tensors"
 
 
 def _artifact(path: Path, checkpoint: TernaryCheckpoint) -> Inspection:
@@ -243,8 +238,10 @@ def _packed_size(entries: Any, ternary: set[str]) -> int:
 
 
 def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.gguf")]
-    return sum(file.stat().st_size for file in files)
+    """Of the weights; a GGUF file's metadata is counted with them."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(entry.nbytes for entry in CheckpointReader(path).entries.values())
 
 
 def _told(keys: Any, entry: Callable[[Any], Entry]) -> Iterator[Any]:

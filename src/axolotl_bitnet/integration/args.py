@@ -63,7 +63,7 @@ class BitNetConfig(BaseModel):
             "description": "What FSDP2 gathers: 2-bit codes (auto: where it can), or weights as they are."
         },
     )
-    export: list[Literal["packed", "gguf-tq2_0", "gguf-tq1_0", "dense", "mlx", "w8a8"]] = Field(
+    export: list[Literal["packed", "gguf-tq2_0", "gguf-tq1_0", "dense", "mlx"]] = Field(
         default_factory=lambda: ["packed"],  # type: ignore[arg-type]
         json_schema_extra={"description": "Artifacts made after training; [] for none."},
     )

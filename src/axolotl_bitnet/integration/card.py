@@ -115,20 +115,6 @@ def _mlx(path: str) -> list[str]:
     ]
 
 
-def _w8a8(path: str) -> list[str]:
-    return [
-        "### W8A8 (compressed-tensors)",
-        "",
-        "int8 codes, a scale a tensor, 8-bit activations. Needs the package `compressed-tensors`.",
-        "",
-        *_transformers(path),
-        "",
-        "```bash",
-        f"vllm serve {path}",
-        "```",
-    ]
-
-
 def _transformers(path: str) -> list[str]:
     return [
         "```python",
@@ -146,5 +132,4 @@ HOW = {  # by format
     "gguf-tq1_0": _gguf,
     "dense": _dense,
     "mlx": _mlx,
-    "w8a8": _w8a8,
 }

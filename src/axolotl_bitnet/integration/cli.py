@@ -141,20 +141,6 @@ def mlx(source: Path, target: Path, overwrite: bool, machine: bool) -> None:
 @main.command()
 @_writing
 @command
-def w8a8(source: Path, target: Path, overwrite: bool, machine: bool) -> None:
-    """Write SOURCE as a compressed-tensors model: int8 codes, 8-bit activations.
-
-    \b
-    Example:
-        axolotl bitnet w8a8 outputs/falcon-e-3b-sft outputs/falcon-e-3b-sft/w8a8 --overwrite
-    """
-    FORMATS["w8a8"].write(source, target, overwrite)
-    _wrote("w8a8", source, target, machine)
-
-
-@main.command()
-@_writing
-@command
 def restore(source: Path, target: Path, overwrite: bool, machine: bool) -> None:
     """Make trainable latents of SOURCE, a packed or dense ternary model or a GGUF file: the same codes and
     scales.

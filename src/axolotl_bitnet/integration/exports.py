@@ -45,8 +45,8 @@ def refuse_exports(cfg: Any, config: Any, folder: Path | None, export: Sequence[
                 refuse_architecture(told, cfg.base_model)
         except (CheckpointError, ImportError) as error:
             raise ConversionError(
-                f"`bitnet.export: [{name}]` would fail when {cfg.base_model} is trained: {error}. Take it out "
-                "of `export`"
+                f"`bitnet.export: [{name}]` would fail when {cfg.base_model} is trained: {error}. "
+                "Take it out of `export`"
             ) from error
 
 

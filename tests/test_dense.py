@@ -294,7 +294,7 @@ def test_public_name() -> None:
 
 @pytest.mark.slow
 def test_axolotl_trains_on_from_a_revert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """At a rate too low to flip a code, what is packed is what was reverted. Then a dense run, not warned of."""
+    """At a rate too low to flip a code, what is packed is what was reverted. Then a dense run, unwarned."""
     pytest.importorskip("axolotl.cli")
     from runs import TINY, config, train
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

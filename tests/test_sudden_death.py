@@ -23,8 +23,8 @@ from axolotl_bitnet.checkpoint.formats import Format, open_checkpoint
 from axolotl_bitnet.checkpoint.stream import CheckpointError
 from axolotl_bitnet.fingerprint import Fingerprint, fingerprint_model
 
-KILLS = 15
-"""For each format, of which there are four at least."""
+TRIES = 20
+"""For each format, of which there are three at least, twice; half of them are to meet it alive."""
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +66,16 @@ def test_killed_at_random_moments(
     (old, trained_before), (new, trained_now) = models
     out, clock = tmp_path / "out" / entry.path, random.Random(f"{entry.name} {older}")
     latents = contents(new)
+    entry.write(new, tmp_path / "imports" / entry.path)
     start = time.perf_counter()
     entry.write(old, tmp_path / "first" / entry.path)
     whole = time.perf_counter() - start
     kills = found = 0
-    for _ in range(KILLS):
+    for _ in range(TRIES):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         if older:
             shutil.copytree(tmp_path / "first", tmp_path / "out")
-        kills += killed_after(lambda: entry.write(new, out, overwrite=True), clock.uniform(0, 1.2) * whole)
+        kills += killed_after(lambda: entry.write(new, out, overwrite=True), clock.uniform(0, 1.1) * whole)
         assert contents(new) == latents
         try:
             read = entry.open(out).fingerprint()
@@ -86,7 +87,7 @@ def test_killed_at_random_moments(
                 assert trained_before in hidden and trained_now in hidden
         else:
             assert read == trained_now or (older and read == trained_before)
-    assert kills >= KILLS // 3
+    assert kills >= TRIES // 2
     assert not older or found
 
     entry.write(new, out, overwrite=True)  # the next start

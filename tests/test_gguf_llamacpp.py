@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import pytest
 import torch
 from llamacpp import LlamaCpp
 from llamas import TINY, VARIANTS, build, save
-from test_packed import isolated_environment
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -143,34 +140,17 @@ def test_greedy_tokens_are_the_trained_model_s(trained: Trained, tmp_path: Path,
     assert right >= 22  # it has learned: these are not the tokens of noise
 
 
-PACKED_LOGPROBS = """
-import json, sys
-import torch
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-ids = torch.tensor([json.loads(sys.argv[2])])
-with torch.no_grad():
-    chances = model(ids).logits[0, :-1].log_softmax(-1)
-print(float(chances.gather(1, ids[0, 1:, None]).mean()))
-assert "axolotl_bitnet" not in sys.modules
-"""
-
-
 def test_perplexity_is_that_of_the_packed_model(trained: Trained, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PACKED_LOGPROBS, str(trained.packed), json.dumps(trained.text)],
-        env=isolated_environment(),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    expected = torch.tensor(-float(done.stdout)).exp()
+    """As transformers computes it with its own BitLinear."""
+    ids = torch.tensor([trained.text])
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        packed = AutoModelForCausalLM.from_pretrained(trained.packed, dtype=torch.float32).eval()
+        assert type(packed.model.layers[0].mlp.up_proj).__module__ == "transformers.integrations.bitnet"
+        chances = packed(ids).logits[0, :-1].log_softmax(-1)
+    expected = (-chances.gather(1, ids[0, 1:, None]).mean()).exp()
     runner, text = LlamaCpp(export_gguf(trained.packed, tmp_path / "model.gguf")), trained.text
-    chances = [runner.logprobs(text[:n], 512)[text[n]] for n in range(1, len(text))]
-    found = (-torch.stack(chances).mean()).exp()
+    each = [runner.logprobs(text[:n], 512)[text[n]] for n in range(1, len(text))]
+    found = (-torch.stack(each).mean()).exp()
     print(f"perplexity {found:.4f}, packed {expected:.4f}")
     assert abs(found / expected - 1) < 0.01
 

@@ -23,9 +23,9 @@ def rebuild_config(header: Header) -> dict[str, Any]:
         read = ", ".join(known.ggml for known in llama.ARCHITECTURES)
         raise CheckpointError(f"{header.path}: architecture '{name}' is not read; {read} are")
 
-    def need(key: str) -> Any:
-        value = metadata.get(f"{name}.{key}")
-        if not isinstance(value, int | float):
+    def need(key: str, default: float | None = None) -> int | float:
+        value = metadata.get(f"{name}.{key}", default)
+        if not isinstance(value, int | float):  # some architectures keep one a layer
             raise CheckpointError(f"{header.path}: its metadata has no single {name}.{key}")
         return value
 
@@ -38,7 +38,7 @@ def rebuild_config(header: Header) -> dict[str, Any]:
     heads, hidden = int(need("attention.head_count")), int(need("embedding_length"))
     rope: dict[str, Any] = {
         "rope_type": "default",
-        "rope_theta": float(metadata.get(f"{name}.rope.freq_base", 10000.0)),
+        "rope_theta": float(need("rope.freq_base", 10000.0)),
     }
     scaling = metadata.get(f"{name}.rope.scaling.type", "none")
     if scaling not in ("none", "linear", "yarn"):
@@ -47,8 +47,9 @@ def rebuild_config(header: Header) -> dict[str, Any]:
         rope |= {"rope_type": scaling, "factor": float(need("rope.scaling.factor"))}
     if scaling == "yarn":
         rope["original_max_position_embeddings"] = int(need("rope.scaling.original_context_length"))
-        if (attention := metadata.get(f"{name}.rope.scaling.attn_factor")) is not None:
-            rope["attention_factor"] = float(attention) * llama.yarn_attention(rope["factor"])
+        if f"{name}.rope.scaling.attn_factor" in metadata:
+            attention = need("rope.scaling.attn_factor") * llama.yarn_attention(rope["factor"])
+            rope["attention_factor"] = float(attention)
     biases = {stem for stem in found.biases if f"blk.0.{stem}.bias" in tensors}
     config: dict[str, Any] = {
         "architectures": [found.transformers],
@@ -58,8 +59,8 @@ def rebuild_config(header: Header) -> dict[str, Any]:
         "intermediate_size": int(need("feed_forward_length")),
         "num_hidden_layers": int(need("block_count")),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(metadata.get(f"{name}.attention.head_count_kv", heads)),
-        "head_dim": int(metadata.get(f"{name}.attention.key_length", hidden // max(heads, 1))),
+        "num_key_value_heads": int(need("attention.head_count_kv", heads)),
+        "head_dim": int(need("attention.key_length", hidden // max(heads, 1))),
         "hidden_act": "silu",
         "rms_norm_eps": float(need("attention.layer_norm_rms_epsilon")),
         "rope_parameters": rope,
@@ -71,6 +72,6 @@ def rebuild_config(header: Header) -> dict[str, Any]:
         config["attention_bias"] = any(stem.startswith("attn") for stem in biases)
         config["mlp_bias"] = any(stem.startswith("ffn") for stem in biases)
     for token in ("bos", "eos"):
-        if (i := metadata.get(f"tokenizer.ggml.{token}_token_id")) is not None:
-            config[f"{token}_token_id"] = int(i)
+        if isinstance(i := metadata.get(f"tokenizer.ggml.{token}_token_id"), int):
+            config[f"{token}_token_id"] = i
     return config

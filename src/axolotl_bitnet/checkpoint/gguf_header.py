@@ -134,7 +134,9 @@ def _parse(path: Path, cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> He
         name = cursor.string()
         dimensions = [cursor.take("Q") for _ in range(min(cursor.take("I"), 8))]
         found.append((name, cursor.take("I"), tuple(reversed(dimensions)), cursor.take("Q")))
-    alignment = int(metadata.get("general.alignment", 32)) or 32
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment <= 0:
+        raise CheckpointError(f"{path} is damaged: its alignment is {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, Stored] = {}
     for name, kind, shape, offset in found:

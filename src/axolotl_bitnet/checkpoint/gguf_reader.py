@@ -47,7 +47,7 @@ class GGUFCheckpoint(TernaryCheckpoint):
         self.companions = self.folder.parent
         self._header = read_header(self.folder, sizes)
         metadata = self._header.metadata
-        if int(metadata.get("split.count", 1)) > 1:
+        if metadata.get("split.count", 1) not in (0, 1):
             raise CheckpointError(f"{file} is one of several parts: merge them (llama-gguf-split --merge)")
         embedded = _embedded_config(self._header)
         self.whole_config = embedded is not None

@@ -132,9 +132,10 @@ def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
     """A config with ``rope_theta`` at its top, where alone MLX looks for it: it would take 10000 without a
     word."""
     rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:
-        return config | {"rope_theta": rope["rope_theta"]}
-    return config
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return config
+    theta = config.get("rope_theta", rope["rope_theta"])
+    return {key: value for key, value in config.items() if key != "rope_theta"} | {"rope_theta": theta}
 
 
 def in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:

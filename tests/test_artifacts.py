@@ -162,13 +162,13 @@ def test_one_that_fails_costs_no_other(
 
     with monkeypatch.context() as patch:
         patch.setattr(Format, "write" if how == "write" else "open", fails)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises((OSError, CheckpointError), match="No space left"):
             finish_run(tmp_path, trained, SEVERAL, verify=True)
     others = [name for name in SEVERAL if name != broken]
     assert left_in(tmp_path) == SAVED | {*others, RUN_FILE}
     assert (tmp_path / SINGLE).read_bytes() == weights
     artifacts = read_json(tmp_path / RUN_FILE)["artifacts"]
-    assert artifacts[broken] == {"verified": False, "error": "[Errno 28] No space left on device"}
+    assert artifacts[broken]["verified"] is False and "No space left" in artifacts[broken]["error"]
     assert all(artifacts[name]["verified"] is True for name in others) and list(made_in(tmp_path)) == others
     assert all(verify_checkpoint(tmp_path / name, tmp_path).ok for name in others)
 

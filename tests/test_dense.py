@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from stored import FAMILIES, IDS, SAVINGS, Build, by_hand, codes_and_scales, edi
 from torch import nn
 
 import axolotl_bitnet
+from axolotl_bitnet.checkpoint import stream
 from axolotl_bitnet.checkpoint.dense import DenseCheckpoint, magnitude_of, revert_checkpoint
 from axolotl_bitnet.checkpoint.formats import open_checkpoint
 from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
 from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.stream import SINGLE, CheckpointError, CheckpointReader, read_json
+from axolotl_bitnet.checkpoint.stream import SINGLE, CheckpointError, read_json
+from axolotl_bitnet.checkpoint.threads import row_ranges
 from axolotl_bitnet.convert import CONFIG_KEY, convert_to_bitlinear
 from axolotl_bitnet.fingerprint import fingerprint_model
 from axolotl_bitnet.preflight import preflight
@@ -72,7 +75,6 @@ SHAPES = [(4, 1), (1, 7), (12, 5), (64, 33), (131, 64)]
 @pytest.mark.parametrize("elements", [40, 1 << 20])
 def test_odd_shapes_and_all_mantissas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     """Read in one block of rows or in many."""
-    from functools import partialmethod
 
     matrices, expected = {}, {}
     for index in range(128):
@@ -88,9 +90,7 @@ def test_odd_shapes_and_all_mantissas(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(expected) > 100
     by_hand(tmp_path / "latents", matrices)
     revert_checkpoint(tmp_path / "latents", tmp_path / "dense")
-    monkeypatch.setattr(
-        CheckpointReader, "row_blocks", partialmethod(CheckpointReader.row_blocks, elements=elements)
-    )
+    monkeypatch.setattr(stream, "row_ranges", partial(row_ranges, elements=elements))
     found = open_checkpoint(tmp_path / "dense")
     assert isinstance(found, DenseCheckpoint)
     for name, (codes, s) in expected.items():

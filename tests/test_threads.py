@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from axolotl_bitnet.checkpoint import threads
-from axolotl_bitnet.checkpoint.threads import parallel_map, row_ranges
+from axolotl_bitnet.checkpoint.threads import one_thread, parallel_map, row_ranges
 
 
 @pytest.fixture(autouse=True, params=[1, 2, 5])
@@ -60,6 +60,10 @@ def test_a_thread_of_torch_each() -> None:
     try:
         inside = set(parallel_map(lambda _: torch.get_num_threads(), range(8)))
         assert inside == {1} or len(threads.os.sched_getaffinity(0)) == 1
+        assert torch.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError), one_thread():
+            assert torch.get_num_threads() == 1
+            raise ZeroDivisionError
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)

@@ -29,7 +29,8 @@ from .gguf_library import library
 from .gguf_reader import CONFIG, GGUFCheckpoint
 from .gguf_tokenizer import Vocabulary, read_vocabulary
 from .progress import begin
-from .stream import CheckpointError, require_space
+from .stream import CheckpointError, disk_errors, require_space
+from .threads import one_thread
 
 if TYPE_CHECKING:
     from .source import TernaryCheckpoint
@@ -98,7 +99,7 @@ def export_gguf(
     metadata = llama.metadata_of(architecture, source.config)
     parts = _plan(source, architecture, type, embeddings)
     vocabulary = read_vocabulary(source.companions, llama.shape_of(source.config).vocabulary)
-    with _whole_file(target, overwrite) as work:
+    with one_thread(), disk_errors(target), _whole_file(target, overwrite) as work:
         _write(work, source, architecture, parts, metadata, vocabulary, type)
         if check is not None:
             check(work)

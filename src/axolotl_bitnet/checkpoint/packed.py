@@ -64,7 +64,6 @@ def pack_checkpoint(
     source, target = latents.folder.resolve(), Path(dst).resolve()
     if target == source or target in source.parents:
         raise CheckpointError(f"{dst} would replace the latents in {src}: name another folder")
-    require_shapes(latents)
     ternary = {key: name for name, key in latents.keys.items()}
     entries: list[Entry] = []
     for entry in latents.entries.values():
@@ -78,6 +77,7 @@ def pack_checkpoint(
             entries.append(Entry(f"{entry.name}_scale", torch.bfloat16, (1,)))
         else:
             entries.append(Entry(entry.name, packed_dtype(entry), entry.shape))
+    require_shapes(latents)
 
     with whole_folder(dst, overwrite) as work:
         with SafetensorsWriter(work / SINGLE, entries) as writer:
@@ -118,14 +118,14 @@ def _packed_blocks(rows_of: Callable[[int, int], Tensor], rows: int, columns: in
 
 def packed_config(config: dict[str, Any], names: Plan) -> dict[str, Any]:
     """A latent checkpoint's config.json turned into a packed one's."""
-    packed = in_bfloat16(config)
+    packed = with_rope_theta(in_bfloat16(config))
     packed["quantization_config"] = {
         "quant_method": "bitnet",
         "linear_class": "bitlinear",  # divides by weight_scale; "autobitlinear" would scale the bias as well
         "quantization_mode": "offline",
         "modules_to_not_convert": _exclusions(names),
     }
-    return with_rope_theta(packed)
+    return packed
 
 
 def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from .latent import copy_companions
 from .shapes import require_shapes
 from .source import TernaryCheckpoint
 from .stream import SINGLE, CheckpointError, Entry, SafetensorsWriter, whole_folder, write_json
+from .threads import one_thread
 
 
 class Layout(ABC):
@@ -72,7 +73,7 @@ def rewrite(
             announced.append(Entry(key, stored_as(entry), entry.shape))
 
     with whole_folder(dst, overwrite) as work:
-        with SafetensorsWriter(work / SINGLE, announced) as writer:
+        with one_thread(), SafetensorsWriter(work / SINGLE, announced) as writer:
             for key, entry in source.entries.items():
                 if key in layers:
                     for part, tensor in zip(
@@ -80,7 +81,7 @@ def rewrite(
                     ):
                         writer.write(part.name, tensor)
                 else:
-                    writer.write(key, source.tensor(key).to(stored_as(entry)))
+                    writer.write_blocks(key, source.blocks(key, stored_as(entry)))
         write_json(work / "config.json", dict(config))
         copy_companions(source.companions, work)
         if check is not None:

@@ -6,7 +6,7 @@ know, or whose tensors it renames on loading, is compared as far as the names ag
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -51,8 +51,9 @@ def _model_of(config: dict[str, Any]) -> nn.Module | None:
     kind = getattr(transformers, str(names[0]), None)
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
         return None
+    described: Any = getattr(kind, "config_class", None)
     try:
         with torch.device("meta"):
-            return kind(kind.config_class.from_dict(config))
+            return cast(nn.Module, kind(described.from_dict(config)))
     except Exception:  # what a class makes of a config that is not whole is its own affair
         return None

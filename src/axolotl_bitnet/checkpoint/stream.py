@@ -247,10 +247,12 @@ def disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in REMEDIES:
+        short = error.errno is None and "requested and" in str(error)  # numpy's tofile forgets the number
+        number = errno.ENOSPC if short else error.errno
+        if number not in REMEDIES:
             raise
-        remedy = REMEDIES[error.errno]
-        raise CheckpointError(f"{target} cannot be written ({error.strerror}): {remedy}") from error
+        cause = str(error) if short else error.strerror
+        raise CheckpointError(f"{target} cannot be written ({cause}): {REMEDIES[number]}") from error
 
 
 @contextmanager

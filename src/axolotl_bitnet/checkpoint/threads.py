@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -24,6 +25,17 @@ BLOCK = 1 << 19
 
 MOST_THREADS = 8
 """Beyond it a disk is the limit, and the memory of the blocks would be felt."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, torch computes in the calling thread alone; for what is done beside :func:`parallel_map`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def row_ranges(rows: int, columns: int, elements: int = BLOCK) -> list[tuple[int, int]]:

@@ -110,11 +110,11 @@ def test_of_larger_models_a_sample_is_counted(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_sample_visits_all_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observation_module, "ELEMENTS", 2000)
+    monkeypatch.setattr(observation_module, "ELEMENTS", 2048)
     model = model_of(only=(256, 64))
     model["only"].weight.data = torch.arange(64.0).repeat(256, 1)
     (piece,) = observation_module._pieces(model, dict(only=model["only"]))
-    assert piece.elements.unique().numel() == 64 and 1000 < piece.elements.numel() <= 2000
+    assert piece.elements.unique().numel() == 64 and 1000 < piece.elements.numel() <= 2048
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

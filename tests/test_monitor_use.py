@@ -15,7 +15,7 @@ pytest.importorskip("axolotl.cli")  # sets up logging, and would take away a han
 from methods import save_base, settings_of
 from runs import Run, config, train
 
-from axolotl_bitnet.bitlinear import BitLinear
+from axolotl_bitnet.training import monitor as monitor_module
 from axolotl_bitnet.training.monitor import MONITOR_FILE
 from axolotl_bitnet.training.observation import observe
 
@@ -97,13 +97,12 @@ def test_preference_methods_log_the_policys_figures(method: str, base: Path, tmp
     assert run.logged("bitnet/zeros")[-1] == pytest.approx(total.share("zeros"), rel=1e-3)
 
 
-def test_bfloat16_latents_at_a_small_rate_are_said_not_to_move(
-    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_rate_that_moves_nothing_is_said_before_training_and_after_ten_steps(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = {"learning_rate": 1e-6, "max_steps": 12, "bitnet": {"latent_dtype": "bfloat16"}}
-    run = train(config(tmp_path, base, **keys, bf16=True))
-    assert run.model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-    assert isinstance(run.model.model.layers[0].mlp.up_proj, BitLinear)
-    assert run.logged("bitnet/frozen")[-1] > 0.8 and run.logged("bitnet/flips_total")[-1] < 1e-3
-    out = "".join(capfd.readouterr())
-    assert "of the ternary weights can move" in out and "nothing is learned" in out
+    lines: list[str] = []
+    monkeypatch.setattr(monitor_module, "_say", lambda level, text: lines.append(text))
+    run = train(config(tmp_path, base, learning_rate=1e-12, max_steps=12))
+    assert run.logged("bitnet/frozen")[-1] > 0.9 and set(run.logged("bitnet/flips_total")) == {0}
+    before, after = lines
+    assert "at a learning rate of 1e-12, 0." in before and "after 10 steps 0 of their codes" in after

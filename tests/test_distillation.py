@@ -16,6 +16,8 @@ pytest.importorskip("axolotl")
 from runs import ROOT, TINY, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from axolotl_bitnet.integration.layouts import layout_refusals
+
 RECIPE = ROOT / "examples" / "falcon-e" / "distill.yaml"
 SCRIPT = RECIPE.with_name("distill_teacher.py")
 TOP_K = 8
@@ -75,6 +77,37 @@ def _settings(folder: Path, teacher: Path, taught: Path, **changes: Any) -> dict
         **changes,
     }
     return settings
+
+
+SHARDED = {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        SHARDED,
+        {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}},
+        {"fsdp_version": 1, "fsdp_config": {"reshard_after_forward": False}},
+        {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}},
+    ],
+)
+def test_a_sharded_head_is_refused_with_the_reason(layout: dict[str, Any]) -> None:
+    settings = {"use_onebitllms": True, **layout}
+    assert not layout_refusals(settings)
+    (problem,) = layout_refusals({**settings, "kd_trainer": True})
+    assert "lm_head.weight" in problem and "outside the model's forward" in problem
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": False}},
+        {"deepspeed": {"zero_optimization": {"stage": 2}}},
+    ],
+)
+def test_a_whole_head_is_taken(layout: dict[str, Any]) -> None:
+    assert not layout_refusals({"use_onebitllms": True, "kd_trainer": True, **layout})
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from axolotl_bitnet.integration.args import BitNetArgs, BitNetConfig, refusals
 from axolotl_bitnet.integration.layouts import fsdp_refusals
+from axolotl_bitnet.integration.watching import ramp_refusals
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"adapter": "lora"}, "adapter: lora"),
@@ -90,6 +91,8 @@ def test_a_block_without_the_flag_would_train_dense(flag: dict[str, Any]) -> Non
         {"latent_dtype": "float16"},
         {"export": ["onnx"]},
         {"skip_modules": "lm_head"},
+        {"ramp_steps": -1},
+        {"ramp_steps": 0.5},
     ],
 )
 def test_wrong_values_are_refused(block: dict[str, Any]) -> None:
@@ -109,6 +112,8 @@ def test_defaults() -> None:
         "fuse": True,
         "int8_grad": False,
         "gather": "auto",
+        "ramp_steps": 0,
+        "monitor": True,
         "export": ["packed"],
         "verify": True,
     }
@@ -222,3 +227,27 @@ def test_fsdp2_is_taken(block: dict[str, Any]) -> None:
 def test_fsdp1_is_taken() -> None:
     cfg = _validate(FSDP1 | {"bitnet": {"learning_rate_multiplier": 10}})
     assert str(cfg.fsdp_version) != "2" and cfg.fsdp_config
+
+
+@pytest.mark.parametrize(
+    "keys, word",
+    [
+        ({"max_steps": 100}, "a run of 100 steps"),
+        ({"max_steps": 101}, None),
+        ({"num_epochs": 1}, None),
+        ({"rl": "dpo"}, "reference"),
+        ({"rl": "ipo"}, "reference"),
+        ({"rl": "kto"}, "reference"),
+        ({"rl": "grpo", "trl": {"beta": 0.1}}, "reference"),
+        ({"rl": "grpo", "rl_beta": 0.1}, "reference"),
+        ({"rl": "grpo", "trl": {"beta": 0.0}, "rl_beta": 0.1}, None),
+        ({"rl": "grpo", "trl": {"use_vllm": True}}, "vLLM"),
+        ({"rl": "orpo"}, None),
+        ({"rl": "simpo"}, None),
+    ],
+)
+def test_ramps_that_cannot_work(keys: dict[str, Any], word: str | None) -> None:
+    found = ramp_refusals({"use_onebitllms": True, "bitnet": {"ramp_steps": 100}, **keys})
+    assert word in found[0] if word else not found
+    for block in ({}, {"ramp_steps": 0}, {"ramp_steps": "many"}, None):
+        assert not ramp_refusals({"bitnet": block, **keys})

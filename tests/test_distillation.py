@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ def test_the_script_writes_the_teachers_own_distribution(teacher: Path, taught: 
     torch.testing.assert_close(torch.tensor(row["logprobs"]), want, atol=1e-5, rtol=0)
 
 
+@pytest.fixture
+def kd_plugin_unloaded() -> Iterator[None]:
+    """Axolotl keeps plugins for the whole process, and this one breaks the collator of runs without it."""
+    yield
+    from axolotl.integrations.base import PluginManager
+
+    PluginManager.get_instance().plugins.pop("axolotl.integrations.kd.KDPlugin", None)
+
+
 def _settings(folder: Path, teacher: Path, taught: Path, **changes: Any) -> dict[str, Any]:
     settings = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     settings["datasets"][0]["path"] = str(taught)
@@ -111,6 +121,7 @@ def test_a_whole_head_is_taken(layout: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("kd_plugin_unloaded")
 def test_a_ternary_student_learns_from_its_dense_original(
     tmp_path: Path, teacher: Path, taught: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

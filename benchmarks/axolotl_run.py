@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import os
 import subprocess
@@ -120,7 +121,9 @@ def main(config: str, name: str, tokens: str, out: str) -> None:
         return trainer
 
     HFCausalTrainerBuilder.build = build_and_watch
-    _, _, trainer = train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
+    data = load_datasets(cfg=cfg)
+    gc.freeze()  # Axolotl collects garbage all the time, which takes longer than a small model's step
+    _, _, trainer = train(cfg=cfg, dataset_meta=data)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     print(f"peak {peak:.1f} GiB")
     last = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]

@@ -27,21 +27,26 @@ class _Embedding(torch.autograd.Function):
     """As F.embedding, whose backward asks the GPU for a count and cannot be captured."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.like = weight.shape, weight.dtype
+        ctx.padding = padding
         return weight[ids]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
         (ids,), (shape, dtype) = ctx.saved_tensors, ctx.like
         dw = torch.zeros(shape, dtype=torch.float32, device=dy.device)
-        return None, dw.index_add_(0, ids.flatten(), dy.flatten(0, -2).float()).to(dtype)
+        dw.index_add_(0, ids.flatten(), dy.flatten(0, -2).float())
+        if ctx.padding is not None:
+            dw[ctx.padding].zero_()
+        return None, dw.to(dtype), None
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
     """As the model's forward, which looks at positions on the CPU. Causal, no mask: padding is last."""
-    hidden = _Embedding.apply(ids, model.model.embed_tokens.weight)
+    embedding = model.model.embed_tokens
+    hidden = _Embedding.apply(ids, embedding.weight, embedding.padding_idx)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     rotary = model.model.rotary_emb(hidden, positions)
     for layer in model.model.layers:

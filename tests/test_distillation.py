@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import yaml
 pytest.importorskip("axolotl")
 from runs import ROOT, TINY, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from axolotl_bitnet.integration.layouts import layout_refusals
 
 RECIPE = ROOT / "examples" / "falcon-e" / "distill.yaml"
 SCRIPT = RECIPE.with_name("distill_teacher.py")
@@ -58,6 +61,15 @@ def test_the_script_writes_the_teachers_own_distribution(teacher: Path, taught: 
     torch.testing.assert_close(torch.tensor(row["logprobs"]), want, atol=1e-5, rtol=0)
 
 
+@pytest.fixture
+def kd_plugin_unloaded() -> Iterator[None]:
+    """Axolotl keeps plugins for the whole process, and this one breaks the collator of runs without it."""
+    yield
+    from axolotl.integrations.base import PluginManager
+
+    PluginManager.get_instance().plugins.pop("axolotl.integrations.kd.KDPlugin", None)
+
+
 def _settings(folder: Path, teacher: Path, taught: Path, **changes: Any) -> dict[str, Any]:
     settings = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     settings["datasets"][0]["path"] = str(taught)
@@ -77,7 +89,39 @@ def _settings(folder: Path, teacher: Path, taught: Path, **changes: Any) -> dict
     return settings
 
 
+SHARDED = {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        SHARDED,
+        {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}},
+        {"fsdp_version": 1, "fsdp_config": {"reshard_after_forward": False}},
+        {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}},
+    ],
+)
+def test_a_sharded_head_is_refused_with_the_reason(layout: dict[str, Any]) -> None:
+    settings = {"use_onebitllms": True, **layout}
+    assert not layout_refusals(settings)
+    (problem,) = layout_refusals({**settings, "kd_trainer": True})
+    assert "lm_head.weight" in problem and "outside the model's forward" in problem
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": False}},
+        {"deepspeed": {"zero_optimization": {"stage": 2}}},
+    ],
+)
+def test_a_whole_head_is_taken(layout: dict[str, Any]) -> None:
+    assert not layout_refusals({"use_onebitllms": True, "kd_trainer": True, **layout})
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("kd_plugin_unloaded")
 def test_a_ternary_student_learns_from_its_dense_original(
     tmp_path: Path, teacher: Path, taught: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

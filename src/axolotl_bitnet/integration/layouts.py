@@ -19,7 +19,7 @@ def layout_refusals(cfg: Mapping[str, Any]) -> list[str]:
             "weight's scale; where the input is split, a maximum for each token's; partial products added as "
             "integers.) Use FSDP2 (`dp_shard_size`) instead"
         )
-    return found + _deepspeed_refusals(cfg)
+    return found + _deepspeed_refusals(cfg) + _distillation_refusals(cfg)
 
 
 def fsdp_refusals(cfg: Mapping[str, Any]) -> list[str]:
@@ -61,6 +61,26 @@ def connect_for_offload(cfg: Any) -> None:
         from axolotl.utils.distributed import init_distributed_state
 
         init_distributed_state()
+
+
+def _distillation_refusals(cfg: Mapping[str, Any]) -> list[str]:
+    """Axolotl's distillation loss reads the head's weight after the forward pass: it must be there, whole."""
+    if not cfg.get("kd_trainer"):
+        return []
+    sharding = cfg.get("fsdp_config")
+    zero = _mapping((_read(cfg.get("deepspeed")) or {}).get("zero_optimization"))
+    resharded = sharding and (
+        _mapping(sharding).get("reshard_after_forward") is not False or str(cfg.get("fsdp_version")) == "1"
+    )
+    if not resharded and str(zero.get("stage")) != "3":
+        return []
+    layout, instead = "ZeRO-3", "ZeRO-2"
+    if resharded:
+        layout, instead = "FSDP", "FSDP2 with `reshard_after_forward: false`"
+    return [
+        f"`kd_trainer` under {layout}: Axolotl's distillation loss reads `lm_head.weight` outside the "
+        f"model's forward, where it is a shard. Train on one GPU or with DDP, or use {instead}"
+    ]
 
 
 def _deepspeed_refusals(cfg: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from ..checkpoint.artifacts import weight_bytes
 from ..checkpoint.packed import pack_checkpoint
 from ..checkpoint.stream import CheckpointError
 from ..checkpoint.verify import verify_checkpoint
+from ..report import ReportError, write_report
 
 
 @click.group("bitnet")
@@ -78,6 +79,21 @@ def verify(artifact: Path, against: Path | None) -> None:
     click.echo(report.summary())
     if not report.ok:
         raise SystemExit(1)
+
+
+@main.command()
+@click.argument("output_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def report(output_dir: Path) -> None:
+    """Write what is known of the run in OUTPUT_DIR as one page with plots: OUTPUT_DIR/report/index.html.
+
+    \b
+    Example:
+        axolotl bitnet report outputs/falcon-e-3b-sft
+    """
+    try:
+        click.echo(write_report(output_dir))
+    except (ReportError, OSError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _mib(count: int) -> str:

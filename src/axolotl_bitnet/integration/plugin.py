@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from .resume import (
     settle,
 )
 from .rollouts import push_dense_ternary
+from .run_log import RunLog, report_run
 
 # A child of Axolotl's logger has its handler and level. Axolotl's own wrapper asks for the process group,
 # which is gone when the artifacts are made.
@@ -54,6 +56,10 @@ class BitNetPlugin(BasePlugin):
         self._reference: torch.nn.Module | None = None  # between its loading and post_trainer_create
         self._resumed: Path | None = None
         self._repository: Repository | None = None
+        self._config: dict[str, Any] = {}
+
+    def register(self, cfg: Any) -> None:
+        self._config = deepcopy(dict(cfg))  # as given: later hooks see defaults, and rates multiplied
 
     def get_input_args(self) -> str:
         return "axolotl_bitnet.integration.args.BitNetArgs"
@@ -132,7 +138,7 @@ class BitNetPlugin(BasePlugin):
                 self._prepare_latents(cfg, model, self._reference)
         base = local_folder(cfg)
         settings = settings_of(_options(cfg), getattr(model.config, CONFIG_KEY))
-        return [TernaryRun(settings, str(base) if base else None)]
+        return [TernaryRun(settings, str(base) if base else None), RunLog(self._config)]
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         if not cfg.use_onebitllms:
@@ -195,8 +201,11 @@ class BitNetPlugin(BasePlugin):
             return
         trained, self._trained = self._trained, None
         if _is_main_process():
-            with published(cfg.output_dir, self._repository):
-                self._finish(Path(cfg.output_dir), trained, _options(cfg))
+            try:
+                with published(cfg.output_dir, self._repository):
+                    self._finish(Path(cfg.output_dir), trained, _options(cfg))
+            finally:
+                report_run(cfg.output_dir)
 
     def _finish(self, output_dir: Path, trained: Fingerprint, options: BitNetConfig) -> None:
         try:

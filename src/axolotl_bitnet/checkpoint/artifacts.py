@@ -17,6 +17,7 @@ from .stream import INDEX, write_json
 from .verify import RUN_FILE, VerificationError, VerificationReport, compare
 
 PACKED = "packed"
+REPORT = "report"
 _ASIDE = "_previous"  # uploads to a hub leave out names that begin with an underscore
 _LEFTOVER = re.compile(rf"{_ASIDE}(-\d+)?|\.{PACKED}\.(partial|old)-.*")  # or of a packing that was killed
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
@@ -35,7 +36,7 @@ def set_aside(output_dir: str | Path, weights: bool = True) -> list[str]:
     stale = [
         path
         for path in folder.iterdir()
-        if (weights and _WEIGHTS.fullmatch(path.name)) or path.name in (PACKED, RUN_FILE)
+        if (weights and _WEIGHTS.fullmatch(path.name)) or path.name in (PACKED, RUN_FILE, REPORT)
     ]
     if stale:
         taken = {path.name for path in folder.iterdir()}

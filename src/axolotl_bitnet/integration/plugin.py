@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from .resume import (
     settle,
 )
 from .rollouts import push_dense_ternary
-from .run_log import RunLog, report_run
+from .run_log import RunLog, given, report_run
 
 # A child of Axolotl's logger has its handler and level. Axolotl's own wrapper asks for the process group,
 # which is gone when the artifacts are made.
@@ -59,7 +58,7 @@ class BitNetPlugin(BasePlugin):
         self._config: dict[str, Any] = {}
 
     def register(self, cfg: Any) -> None:
-        self._config = deepcopy(dict(cfg))  # as given: later hooks see defaults, and rates multiplied
+        self._config = given(cfg)  # later hooks see defaults, and rates multiplied
 
     def get_input_args(self) -> str:
         return "axolotl_bitnet.integration.args.BitNetArgs"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ from ..report import ReportError, write_report
 from ..report.record import RUN_LOG, begun, now
 
 LOG = logging.getLogger("axolotl.bitnet")
+
+
+_BY_THE_COMMAND = {"axolotl_config_path", "debug", "debug_num_examples", "debug_text_only", "shard"}
+"""Keys that `axolotl train` adds to every config."""
+
+
+def given(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config as the user gave it, in its file and on the command line."""
+    return {
+        key: deepcopy(value) for key, value in cfg.items() if value is not None and key not in _BY_THE_COMMAND
+    }
 
 
 class RunLog(TrainerCallback):

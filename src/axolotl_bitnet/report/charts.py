@@ -25,7 +25,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves that share an axis. ``unit``: "%" (values are shares, 0 to 1) or a word; ``log``: its scale."""
+    """Curves that share an axis. ``unit``: "%" (values are shares, 0 to 1) or none; ``log``: its scale."""
 
     slug: str
     title: str
@@ -88,11 +88,17 @@ _SPECS = (
     ),
     _Spec("kl", "Distance from the reference (KL)", {"kl": "training", "eval_kl": "evaluation"}),
     _Spec(
-        "flips",
-        "Codes flipped",
-        {"bitnet/flips": "since the last log", "bitnet/flips_total": "since the start"},
+        "flips-total",
+        "Codes flipped since the start",
+        {"bitnet/flips_total": "all ternary layers"},
         unit="%",
-        note="Share of the ternary codes that changed.",
+        note="Share of the ternary codes that differ from those at the start.",
+    ),
+    _Spec(
+        "flips",
+        "Codes flipped from log to log",
+        {"bitnet/flips": "all ternary layers"},
+        unit="%",
     ),
     _Spec("zeros", "Codes that are zero", {"bitnet/zeros": "all ternary layers"}, unit="%"),
     _Spec(
@@ -114,21 +120,20 @@ _SPECS = (
     _Spec("gradient-norm", "Gradient norm", {"grad_norm": "before clipping"}),
     _Spec(
         "throughput",
-        "Throughput",
-        {"tokens/train_per_sec_per_gpu": "trained tokens a second, each GPU"},
-        unit="tokens/s",
+        "Trained tokens a second",
+        {"tokens/train_per_sec_per_gpu": "each process"},
     ),
     _Spec(
         "memory",
-        "GPU memory",
+        "GPU memory, GiB",
         {
             "memory/max_active (GiB)": "active",
             "memory/max_allocated (GiB)": "allocated",
             "memory/device_reserved (GiB)": "reserved",
         },
-        unit="GiB",
     ),
 )
+_ABSENT_AS_ZERO = {"throughput", "memory"}  # Axolotl logs 0 GiB where there is no GPU
 _COUNTERS = {"epoch", "step", "num_tokens", "num_input_tokens_seen", "total_flos"}
 
 
@@ -143,11 +148,11 @@ def grids(layers: Iterable[Layer]) -> list[Grid]:
     known = list(layers)
     found = (
         _grid(known, "zeros-by-layer", "Zeros by layer", lambda layer: layer.zeros,
-              "Share of codes that are zero when training ended. At random about 31 %, for normal weights."),
+              "Percent of the codes that are zero in the end; of normally distributed weights, 31."),
         _grid(known, "flips-by-layer", "Flips by layer", lambda layer: layer.flips,
-              "Share of codes that differ from those at the start."),
+              "Percent of the codes that differ from those at the start."),
         _grid(known, "drift-by-layer", "Scale drift by layer", lambda layer: layer.drift,
-              "Change of the scale since the start.", signed=True),
+              "Change of the scale since the start, in percent.", signed=True),
     )  # fmt: skip
     return [grid for grid in found if grid is not None]
 
@@ -171,9 +176,7 @@ def _chart(spec: _Spec, log: list[dict[str, Any]]) -> Chart | None:
         keys |= {key: key.removeprefix(spec.prefix) for key in sorted(more)}
     series = [_series(log, key, label) for key, label in keys.items()]
     series = [line for line in series if line.values or line.lost]
-    if not any(any(line.values) for line in series) and spec.slug not in ("loss", "flips", "zeros"):
-        return None  # nothing logged, or zeros for what a machine does not have
-    if not series:
+    if not series or (spec.slug in _ABSENT_AS_ZERO and not any(any(line.values) for line in series)):
         return None
     values = [value for line in series for value in line.values]
     log_scale = spec.slug == "loss" and bool(values) and min(values) > 0 and max(values) > 50 * min(values)

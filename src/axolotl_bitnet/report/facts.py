@@ -146,7 +146,7 @@ def _zeros(run: Run) -> str | None:
 
 
 def _count(number: float) -> str | None:
-    for size, word in ((1e9, "billion"), (1e6, "million")):
+    for size, word in ((1e9, "G"), (1e6, "M")):
         if number >= size:
             return f"{number / size:.3g} {word}"
     return f"{number:,.0f}" if number else None

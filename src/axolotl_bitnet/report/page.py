@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.artifacts import REPORT
 from ..checkpoint.stream import whole_folder
 from .charts import Chart, Grid, Series, charts, grids, others
 from .facts import artifacts, facts, summary, tiles, verdict
@@ -16,7 +17,6 @@ from .record import redact
 from .sources import Layer, ReportError, Run, read_run
 from .usage import commands
 
-REPORT = "report"
 PAGE = "index.html"
 _NEEDED = {"jinja2": "jinja2", "matplotlib": "matplotlib", "yaml": "PyYAML"}
 

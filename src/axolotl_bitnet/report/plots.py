@@ -28,7 +28,7 @@ _STAND_INS = {name: f"#0102{i:02x}" for i, name in enumerate(_LIGHT, start=3)}
 """Colours of the SVG while matplotlib draws it; on the page they become CSS variables."""
 
 _STYLE = {
-    "svg.fonttype": "none",  # text stays text, in the page's own font
+    "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "axolotl-bitnet",  # the same run gives the same file
     "text.parse_math": False,  # a $ in a name is a $
     "font.size": 9,
@@ -39,6 +39,17 @@ _STYLE = {
     "axes.axisbelow": True,
     "figure.dpi": 100,
 }
+_LESS = (  # of what matplotlib writes
+    (r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", ""),
+    (r' xmlns(:xlink)?="[^"]*"', ""),
+    (r"xlink:href=", "href="),
+    (r' id="(text|patch|line2d)_\d+"', ""),
+    (r"font: ([\d.]+px) [^;\"]*", r"font-size: \1"),  # the font itself is the page's; older matplotlib...
+    (r" font-family: [^;\"]*;?", ""),  # ...and newer
+    (r' transform="rotate\(-?0 [^"]*\)"', ""),
+    (r"\s*\n\s*", " "),
+)
+_SPAN = 0.05  # of a grid's colours, at least
 _WIDTH = 4.7  # inches: a phone's width, so that text is as large as around it
 
 
@@ -53,12 +64,12 @@ def svg(drawing: Chart | Grid, alt: str) -> str:
         figure = _draw(drawing, _STAND_INS, legend=False)
         nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-    text = re.sub(
-        r"<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg") :], flags=re.DOTALL
-    )
+    text = out.getvalue()[out.getvalue().index("<svg") :]
+    for pattern, replacement in _LESS:
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+    text = re.sub(r' (d|x|y)="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), text)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{drawing.slug}-", text)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href=", "href=")
     for name, colour in _STAND_INS.items():
         text = text.replace(colour, f"var(--{name})")
     label = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
@@ -72,7 +83,7 @@ def png(drawing: Chart | Grid, path: Path) -> None:
     with matplotlib.rc_context(_STYLE):
         figure = _draw(drawing, _LIGHT, legend=True)
         figure.axes[0].set_title(drawing.title, loc="left", fontsize=11)
-        figure.savefig(path, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+        figure.savefig(path, format="png", dpi=130, facecolor="white", metadata={"Software": None})
 
 
 def _draw(drawing: Chart | Grid, colours: dict[str, str], legend: bool) -> Figure:
@@ -92,7 +103,7 @@ def _figure(height: float, colours: dict[str, str]) -> tuple[Figure, Any]:
 
 
 def _curves(chart: Chart, colours: dict[str, str], legend: bool) -> Figure:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
     figure, axes = _figure(2.5, colours)
     for i, line in enumerate(chart.series):
@@ -107,10 +118,14 @@ def _curves(chart: Chart, colours: dict[str, str], legend: bool) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if chart.log:
         axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.margins(y=0.08)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value, chart.unit)))
+        axes.yaxis.set_major_formatter(
+            PercentFormatter(1, symbol=" %") if chart.unit == "%" else ScalarFormatter(useOffset=False)
+        )
+        axes.yaxis.get_offset_text().set_color(colours["ink"])
     if legend and len(chart.series) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=colours["ink"])
     return figure
@@ -127,7 +142,9 @@ def _heat(grid: Grid, colours: dict[str, str]) -> Figure:
     if grid.signed:
         high = max(abs(low), abs(high))
         low = -high
-    span = Normalize(low, high) if high > low else Normalize(low - 0.5, high + 0.5)
+    elif high - low < _SPAN:  # noise is not to look like a pattern
+        low, high = (low + high - _SPAN) / 2, (low + high + _SPAN) / 2
+    span = Normalize(low, high if high > low else low + 1)
     cmap = colormaps["PuOr" if grid.signed else "YlGnBu"]
     axes.grid(False)
     for y, line in enumerate(grid.values):
@@ -136,9 +153,10 @@ def _heat(grid: Grid, colours: dict[str, str]) -> Figure:
                 continue
             colour = cmap(span(value))
             axes.add_patch(_cell(x, y, colour))
-            ink = "#111111" if _luminance(colour) > 0.36 else "#ffffff"
+            ink = "#111111" if _luminance(colour) > 0.179 else "#ffffff"
             if columns <= 12:
-                axes.text(x, y, show(value, "%"), color=ink, fontsize=7, ha="center", va="center_baseline")
+                text = show(value, "%").removesuffix(" %")
+                axes.text(x, y, text, color=ink, fontsize=8, ha="center", va="center_baseline")
     axes.set_xlim(-0.5, columns - 0.5)
     axes.set_ylim(rows - 0.5, -0.5)
     short = [column.removesuffix("_proj") for column in grid.columns]
@@ -164,10 +182,9 @@ def _luminance(colour: tuple[float, ...]) -> float:
 
 
 def show(value: float, unit: str = "") -> str:
-    """A value for people: "31.4 %", "5e-04", "1,234 tokens/s"."""
+    """A value for people: "31.4 %", "5e-04", "13.4 GiB"."""
     if unit == "%":
-        percent = 100 * value
-        return f"{percent:.3g} %" if 0 < abs(percent) < 10 else f"{percent:.1f} %"
+        return f"{100 * value:.3g} %"
     size = abs(value)
     if value == 0:
         text = "0"

@@ -73,7 +73,7 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    if torch.version.cuda:
+    if torch.cuda.is_available() and torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
 

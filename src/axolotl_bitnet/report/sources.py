@@ -125,7 +125,7 @@ def _read_log(run: Run) -> None:
 
 
 def _belongs(path: Path, record: dict[str, Any]) -> bool:
-    """Whether a checkpoint is of this run, not of an earlier one in the same folder."""
+    """Whether a file is of this run, not of an earlier one in the same folder."""
     if not record or record.get("resumed_at"):
         return True
     try:
@@ -145,6 +145,9 @@ def _read_layers(run: Run) -> None:
         layer.zeros = zeros / layer.weights if zeros is not None and layer.weights else None
         layer.scale = number(_mapping(entry).get("scale"))
     if not (run.folder / MONITOR).exists():
+        return
+    if not _belongs(run.folder / MONITOR, run.record):
+        run.notes.append(f"{MONITOR} is an earlier run's: how each layer moved is not known.")
         return
     monitor = _read(run, MONITOR, "how each layer moved is not known")
     for name, entry in _mapping(monitor.get("layers")).items():

@@ -6,11 +6,12 @@ No driver and no package is needed, only a Chromium: ``$CHROMIUM``, or one on PA
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
-import subprocess
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -137,19 +138,23 @@ class Browser:
 @contextmanager
 def chromium(program: str, profile: Path) -> Iterator[Browser]:
     """A browser with a profile of its own, ended with the body."""
-    its_read, write = os.pipe()
-    read, its_write = os.pipe()
+    pipes = [*os.pipe(), *os.pipe()]
+    its_read, write, read, its_write = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in pipes)
+    for fd in pipes:
+        os.close(fd)
+    actions = [
+        (os.POSIX_SPAWN_DUP2, its_read, 3),
+        (os.POSIX_SPAWN_DUP2, its_write, 4),
+        (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+    ]
     command = [program, *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
-    shell = f'exec "$@" 3<&{its_read} 4>&{its_write}'
-    process = subprocess.Popen(
-        ["sh", "-c", shell, "sh", *command], pass_fds=(its_read, its_write), stderr=subprocess.DEVNULL
-    )
+    process = os.posix_spawnp(program, command, dict(os.environ), file_actions=actions)
     os.close(its_read)
     os.close(its_write)
     try:
         yield Browser(write, read)
     finally:
-        process.terminate()
-        process.wait(30)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
         os.close(write)
         os.close(read)

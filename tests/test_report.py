@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from html.parser import HTMLParser
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,9 +97,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert "my-run" in page.text and "SFT" not in page.text
     for words in (
         "supervised fine-tuning of org/base on NVIDIA H200 · finished 2026-05-04 10:05:12 UTC",
-        "✓ Verified packed: 129,024 codes and 21 scales are the trained ones, exactly.",
+        "✓ Verified packed: 110,592 codes and 21 scales are the trained ones, exactly.",
         "evaluation, fully ternary 2.75 → 2.75",
-        "2.5 evaluation loss"[4:],
+        "evaluation loss 2.5",
         "0:05:12",
         "13.5 GiB",
         "1.0 MiB",
@@ -118,7 +119,7 @@ def test_it_loads_nothing_and_is_accessible(tmp_path: Path) -> None:
     assert page.all("html") == [{"lang": "en"}] and len(page.all("h1")) == 1
     assert any("width=device-width" in meta.get("content", "") for meta in page.all("meta"))
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
     pictures = page.all("svg")
     assert len(pictures) == len(page.figures)
     assert all(svg["role"] == "img" and len(svg["aria-label"]) > 20 for svg in pictures)
@@ -158,7 +159,7 @@ HOSTILE = [
 @pytest.mark.parametrize("bad", HOSTILE)
 def test_hostile_names_are_text(tmp_path: Path, bad: str) -> None:
     layer = f"model.layers.0.{bad.replace('.', '')}"
-    entries = [{**entry, f"bitnet/scale_drift/{bad}": 0.1, f"other {bad}": 1.5} for entry in reports.log(5)]
+    entries = [{"step": 1, "loss": 1.0, f"bitnet/scale_drift/{bad}": 0.1, f"other {bad}": 1.5}]
     artifacts = {
         f"odd {bad}": {"verified": False, "mismatches": [bad], "path": bad, "bytes": 5},
         "packed": {"verified": True, "path": bad, "bytes": 5},
@@ -174,39 +175,43 @@ def test_hostile_names_are_text(tmp_path: Path, bad: str) -> None:
     assert not _loads(page)
     assert {tag for tag, _ in page.elements} <= {
         "html", "head", "meta", "link", "title", "style", "body", "header", "main", "footer", "section", "p",
-        "h1", "h2", "h3", "strong", "span", "dl", "div", "dt", "dd", "figure", "figcaption", "svg", "defs", "g",
-        "path", "text", "use", "clippath", "rect", "ul", "li", "i", "b", "details", "summary", "table", "thead",
-        "tbody", "tr", "th", "td", "pre", "code",
+        "h1", "h2", "h3", "strong", "span", "dl", "div", "dt", "dd", "figure", "figcaption", "svg", "g",
+        "defs", "path", "text", "use", "clippath", "rect", "ul", "li", "i", "b", "details", "summary",
+        "table", "thead", "tbody", "tr", "th", "td", "pre", "code",
     }  # fmt: skip
     assert not [pair for pair in page.elements if pair[0] == "b" and pair[1]]
     assert page.text.count(" ".join(bad.split())) >= 8
     assert "49" not in page.text.split("Config and versions")[1]
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("hub_token", "abc"),
-        ("wandb_api_key", "abc"),
-        ("comet_api_key", "abc"),
-        ("swanlab_lark_webhook_url", "https://example.org/abc"),
-        ("swanlab_lark_secret", "abc"),
-        ("aws_secret_access_key", "abc"),
-        ("aws_access_key_id", "abc"),
-        ("key", "abc"),
-        ("password", 12345),
-        ("base_model", "hf_abcdefghijklmnopqrstuvwxyz"),
-        ("path", "https://me:abc@example.org/data"),
-        ("path", "https://example.org/data?x=1&token=abc"),
-    ],
-)
-def test_secrets_are_hidden(tmp_path: Path, key: str, value: Any) -> None:
+SECRETS: list[tuple[str, Any]] = [
+    ("hub_token", "abc"),
+    ("wandb_api_key", "abc"),
+    ("comet_api_key", "abc"),
+    ("swanlab_lark_webhook_url", "https://example.org/abc"),
+    ("swanlab_lark_secret", "abc"),
+    ("aws_secret_access_key", "abc"),
+    ("aws_access_key_id", "abc"),
+    ("key", "abc"),
+    ("password", 12345),
+    ("base_model", "hf_abcdefghijklmnopqrstuvwxyz"),
+    ("dataset", "https://me:abc@example.org/data"),
+    ("path", "https://example.org/data?x=1&token=abc"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), SECRETS)
+def test_secrets_are_hidden(key: str, value: Any) -> None:
     for config in ({key: value}, {"datasets": [{"storage_options": {key: value}}]}, {key: [value, value]}):
         text = json.dumps(redact(config))
         assert HIDDEN in text and "abc" not in text and "12345" not in text
-        folder = reports.write(tmp_path / "run", run=reports.record(reports.log(2), config=config))
-        text = _page(folder).text
-        assert HIDDEN in text and "abc" not in text and "12345" not in text
+
+
+def test_secrets_in_a_record_of_others_are_hidden_too(tmp_path: Path) -> None:
+    """A run.json that this package did not write, or that was edited."""
+    page = _page(reports.write(tmp_path / "run", run=reports.record([], config=dict(SECRETS))))
+    assert page.text.count(HIDDEN) >= len(SECRETS)
+    assert "abc" not in page.source and "12345" not in page.source
 
 
 def test_what_is_no_secret_is_shown() -> None:
@@ -242,7 +247,7 @@ def test_a_killed_run_has_the_log_of_its_last_checkpoint(tmp_path: Path) -> None
     page = _page(folder)
     assert "begun, not known to have finished" in page.text
     assert "The log is that of checkpoint-10" in page.text and "checkpoint-20" in page.text
-    assert "10 steps" in page.text and "There are no artifacts." in page.text
+    assert "steps 10 " in page.text and "There are no artifacts." in page.text
     assert page.figures == {"loss", "learning-rate", "gradient-norm", "throughput", "memory"}
 
 
@@ -261,17 +266,26 @@ def test_an_earlier_runs_files_are_not_this_runs(tmp_path: Path) -> None:
 
 def test_a_preference_run_without_evaluation_and_monitor(tmp_path: Path) -> None:
     entries = [
-        {"step": s, "loss": 0.69 / s, "rewards/margins": 0.1 * s, "rewards/chosen": 0.1, "rewards/rejected": -0.1,
-         "rewards/accuracies": 0.5, "logps/chosen": -31.0, "learning_rate": 1e-6, "memory/max_active (GiB)": 0.0}
-        for s in range(1, 8)
-    ]  # fmt: skip
+        {
+            "step": step,
+            "loss": 0.69 / step,
+            "rewards/margins": 0.1 * step,
+            "rewards/chosen": 0.1,
+            "rewards/rejected": -0.1,
+            "rewards/accuracies": 0.5,
+            "logps/chosen": -31.0,
+            "learning_rate": 1e-6,
+            "memory/max_active (GiB)": 0.0,
+        }
+        for step in range(1, 8)
+    ]
     folder = reports.write(
         tmp_path / "run", run=reports.record(entries, config={"rl": "dpo", "base_model": "b"})
     )
     page = _page(folder)
     assert page.figures == {"loss", "rewards", "preferred", "learning-rate"}
     assert "DPO of b on" in page.text and "logps/chosen -31 → -31" in page.text
-    assert "50 % pairs ranked right"[5:] in page.text and "evaluation" not in page.text
+    assert "pairs ranked right 50 %" in page.text and "evaluation" not in page.text
 
 
 def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -290,7 +304,7 @@ def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> 
 )
 @pytest.mark.parametrize("name", ["run", "bitnet", "monitor"])
 def test_damaged_files_are_named_and_left_out(tmp_path: Path, name: str, text: str) -> None:
-    files = {"run": reports.record(reports.log(3)), "bitnet": reports.proof(reports.names(1))}
+    files = {"run": reports.record([{"step": 1, "loss": 1.0}]), "bitnet": reports.proof(reports.names(1))}
     folder = reports.write(tmp_path / "run", **(files | {"monitor": reports.moved([]), name: text}))
     page = _page(folder)
     assert (f"{name}.json" in page.text.split("Course")[0]) == (not text.startswith('{"log')) or name == "run"
@@ -348,7 +362,7 @@ def test_long_logs_are_thinned_not_cut(tmp_path: Path) -> None:
     (line,) = chart.series
     assert len(line.values) <= 302 and (line.steps[0], line.steps[-1]) == (1, 10_000)
     assert (line.values[0], line.values[-1]) == (1, 0)
-    assert line.values[1:-1] == pytest.approx([0.5] * (len(line.values) - 2), abs=0.02)
+    assert line.values[1:-1] == pytest.approx([0.5] * (len(line.values) - 2), abs=0.2)
     assert len(write_report(run.folder).read_bytes()) < 100_000
 
 
@@ -481,7 +495,7 @@ def test_a_run_whose_export_fails_has_a_report(tmp_path: Path, monkeypatch: pyte
     plugin: Any = BitNetPlugin()
     plugin._trained = Fingerprint({})
     cfg = DictDefault({"use_onebitllms": True, "output_dir": str(tmp_path), "learning_rate": 1e-3})
-    with pytest.raises(Exception, match="safetensors"):
+    with pytest.raises(Exception, match=r"config\.json"):
         plugin.post_train(cfg, None)
     assert "Not verified" in Page(tmp_path / "report" / "index.html").text
 
@@ -543,11 +557,14 @@ def test_a_resumed_run_has_the_whole_log(runs: Path) -> None:
     assert "resumed at step 2" in page.text and "training time" not in page.text
 
 
+in_a_browser = pytest.mark.skipif(
+    browser.find() is None, reason="no Chromium: CHROMIUM=$(scripts/browser.sh) installs and names one"
+)
 LOOK = {
     "title": "document.title",
     "width": "[document.scrollingElement.scrollWidth, innerWidth]",
     "outside": "[...document.querySelectorAll('body *')].filter(e => !e.closest('svg') &&"
-    " e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.outerHTML.slice(0, 200))",
+    " e.getBoundingClientRect().right > WIDTH + 0.5).map(e => e.outerHTML.slice(0, 200))",
     "pictures": "[...document.querySelectorAll('svg')].map(e => [e.clientWidth, e.clientHeight])",
     "images": "Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth > 0)))",
     "background": "getComputedStyle(document.body).backgroundColor",
@@ -567,17 +584,18 @@ def test_in_a_browser(tmp_path: Path) -> None:
         reports.log(), config={"base_model": f"org/{long}", long: long}, versions={long[:30]: long}
     )
     folder = reports.write(
-        tmp_path / "a <b>bold</b> name", run=run, bitnet=reports.proof(layers), monitor=reports.moved(layers)
+        tmp_path / "a <b>bold name", run=run, bitnet=reports.proof(layers), monitor=reports.moved(layers)
     )
     written = write_report(folder)
     seen = {}
     with browser.chromium(str(browser.find()), tmp_path / "profile") as chromium:
         for width, dark in ((360, False), (360, True), (1280, False), (1280, True)):
-            visit = chromium.visit(written, width, 800, LOOK, dark)
+            ask = {name: script.replace("WIDTH", str(width)) for name, script in LOOK.items()}
+            visit = chromium.visit(written, width, 800, ask, dark)
             seen[width, dark] = visit.values
             assert visit.requests == [written.resolve().as_uri()]
             assert not visit.complaints
-            assert visit.values["title"] == "a <b>bold</b> name · ternary training report"
+            assert visit.values["title"] == "a <b>bold name · ternary training report"
             assert visit.values["width"] == [width, width] and visit.values["width_open"] == [width, width]
             assert visit.values["outside"] == [] and all(visit.values["images"])
             assert len(visit.values["pictures"]) == 13
@@ -594,9 +612,10 @@ def test_the_browser_notices(tmp_path: Path) -> None:
     bad = tmp_path / "bad.html"
     bad.write_text(
         "<meta name=viewport content='width=device-width'><title>x</title><p style='width: 900px'>wide</p>"
-        "<img src='missing.png'><script>console.error('no'); fetch('http://127.0.0.1:9/x').catch(() => 0)</script>"
+        "<img src='missing.png'>"
+        "<script>console.error('no'); fetch('http://127.0.0.1:9/x').catch(() => 0)</script>"
     )
-    ask = {"width": LOOK["width"], "outside": LOOK["outside"]}
+    ask = {"width": LOOK["width"], "outside": LOOK["outside"].replace("WIDTH", "360")}
     with browser.chromium(str(browser.find()), tmp_path / "profile") as chromium:
         visit = chromium.visit(bad, 360, 800, ask)
     assert visit.values["width"][0] >= 900 and visit.values["outside"]

@@ -14,7 +14,7 @@ from .sources import Run, number
 def verdict(run: Run) -> dict[str, str]:
     """The verification's outcome over all artifacts: ``kind`` (good, bad, open), ``word``, ``text``."""
     entries = _entries(run)
-    judged = {name: entry for name, entry in entries.items() if entry.get("verified") is not None}
+    judged = {name: entry for name, entry in entries.items() if isinstance(entry.get("verified"), bool)}
     if bad := [name for name, entry in judged.items() if not entry["verified"]]:
         text = f"{', '.join(bad)}: not the model that trained. The latents as saved are in the output folder."
         return {"kind": "bad", "word": "Not the trained model", "text": text}
@@ -46,14 +46,17 @@ def artifacts(run: Run) -> list[dict[str, Any]]:
 def _artifact(
     name: str, path: str, size: float | None, latents: int, entry: dict[str, Any]
 ) -> dict[str, Any]:
-    words = {True: "verified", False: "NOT the trained model"}
+    if isinstance(verified := entry.get("verified"), bool):
+        word = "verified" if verified else "NOT the trained model"
+    else:
+        word = "what trained" if name == "latents" else "not verified"
     mismatches = entry.get("mismatches")
     return {
         "name": name,
         "path": path,
         "size": mebibytes(size) if size else "",
         "ratio": f"{latents / size:.1f}× smaller" if size and latents > size else "",
-        "verdict": words.get(entry.get("verified"), "not verified" if name != "latents" else "what trained"),  # type: ignore[arg-type]
+        "verdict": word,
         "mismatches": [str(line) for line in mismatches] if isinstance(mismatches, list) else [],
     }
 

@@ -13,7 +13,6 @@ from ..checkpoint.stream import whole_folder
 from .charts import Chart, Grid, Series, charts, grids, others
 from .facts import artifacts, facts, summary, tiles, verdict
 from .plots import COLOURS, png, show, svg
-from .record import redact
 from .sources import Layer, ReportError, Run, read_run
 from .usage import commands
 
@@ -147,7 +146,7 @@ def _yaml(config: dict[str, Any]) -> str:
 
     if not config:
         return ""
-    text: str = yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True, width=math.inf)
+    text: str = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=math.inf)
     return text
 
 

@@ -159,14 +159,18 @@ def _heat(grid: Grid, colours: dict[str, str]) -> Figure:
                 axes.text(x, y, text, color=ink, fontsize=8, ha="center", va="center_baseline")
     axes.set_xlim(-0.5, columns - 0.5)
     axes.set_ylim(rows - 0.5, -0.5)
-    short = [column.removesuffix("_proj") for column in grid.columns]
+    short = [_cut(column.removesuffix("_proj"), 16) for column in grid.columns]
     slanted = {"rotation": 60, "ha": "left"} if sum(map(len, short)) > 60 else {}
     axes.set_xticks(range(columns), short, **slanted)
     axes.xaxis.tick_top()
-    axes.set_yticks(range(rows), [row if len(row) <= 24 else f"…{row[-23:]}" for row in grid.rows])
+    axes.set_yticks(range(rows), [_cut(row, 20) for row in grid.rows])
     for spine in axes.spines.values():
         spine.set_visible(False)
     return figure
+
+
+def _cut(name: str, length: int) -> str:
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def _cell(x: float, y: float, colour: Any) -> Any:

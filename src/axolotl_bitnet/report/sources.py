@@ -11,7 +11,7 @@ from typing import Any
 from ..checkpoint.stream import CheckpointError, read_json
 from ..checkpoint.verify import RUN_FILE
 from ..checkpoint.whole import STATE, checkpoints
-from .record import RUN_LOG
+from .record import RUN_LOG, redact
 
 MONITOR = "monitor.json"
 
@@ -67,7 +67,8 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        return _mapping(self.record.get("config"))
+        """Without secrets, whoever wrote the record."""
+        return _mapping(redact(_mapping(self.record.get("config"))))
 
 
 def read_run(output_dir: str | Path) -> Run:

@@ -346,7 +346,18 @@ def test_failed_verification_is_what_one_sees_first(tmp_path: Path) -> None:
     page = _page(reports.write(tmp_path / "run", bitnet=reports.proof(reports.names(1), artifacts=artifacts)))
     assert "✗ Not the trained model packed:" in page.text and "✓" not in page.text
     assert lines[19] in page.text and lines[20] not in page.text and "and 10 more" in page.text
-    assert "not made" in page.text and "vllm serve" in page.text and "from_pretrained" not in page.text
+    assert "vllm serve" in page.text and "from_pretrained" not in page.text
+
+
+def test_an_artifact_that_could_not_be_made_is_told_from_a_wrong_one(tmp_path: Path) -> None:
+    artifacts = {
+        "packed": {"verified": True, "mismatches": [], "path": "packed", "bytes": 5},
+        "mlx": {"verified": False, "error": "no space left on device"},
+    }
+    page = _page(reports.write(tmp_path / "run", bitnet=reports.proof(reports.names(1), artifacts=artifacts)))
+    assert "✗ Not made mlx: the reason stands below. packed: 36,864 codes" in page.text
+    assert "mlx not made – no space left on device" in page.text and "NOT the trained" not in page.text
+    assert "from_pretrained" in page.text and "mlx_lm" not in page.text
 
 
 def test_without_verification_nothing_is_claimed(tmp_path: Path) -> None:

@@ -111,11 +111,11 @@ _SPECS = (
     ),
     _Spec(
         "frozen",
-        "Latents that cannot move, codes that flip back",
-        {"bitnet/frozen": "cannot move at this rate", "bitnet/oscillation": "flip back and forth"},
+        "Latents that cannot move, flips that go back",
+        {"bitnet/frozen": "of the latents, cannot move", "bitnet/oscillation": "of the flips, undo the last"},
         unit="%",
     ),
-    _Spec("ramp", "Quantization ramp", {"bitnet/lambda": "λ"}, note="1 is fully ternary."),
+    _Spec("ramp", "Quantization ramp", {"bitnet/ramp": "λ"}, note="1 is fully ternary."),
     _Spec("learning-rate", "Learning rate", {"learning_rate": "all parameters"}),
     _Spec("gradient-norm", "Gradient norm", {"grad_norm": "before clipping"}),
     _Spec(

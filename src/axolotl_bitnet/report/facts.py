@@ -10,25 +10,40 @@ from ..checkpoint.artifacts import weight_bytes
 from .plots import show
 from .sources import Run, number
 
+PROVEN, UNPROVEN, WRONG, FAILED = "verified", "not verified", "NOT the trained model", "not made"
+
 
 def verdict(run: Run) -> dict[str, str]:
     """The verification's outcome over all artifacts: ``kind`` (good, bad, open), ``word``, ``text``."""
-    entries = _entries(run)
-    judged = {name: entry for name, entry in entries.items() if isinstance(entry.get("verified"), bool)}
-    if bad := [name for name, entry in judged.items() if not entry["verified"]]:
+    words = {name: _word(name, entry) for name, entry in _entries(run).items()}
+    if bad := [name for name, word in words.items() if word == WRONG]:
         text = f"{', '.join(bad)}: not the model that trained. The latents as saved are in the output folder."
         return {"kind": "bad", "word": "Not the trained model", "text": text}
-    if judged:
-        weights = sum(layer.weights for layer in run.layers.values())
-        layers = sum(layer.shape is not None for layer in run.layers.values())
-        text = f"{', '.join(judged)}: {weights:,} codes and {layers} scales are the trained ones, exactly."
-        return {"kind": "good", "word": "Verified", "text": text}
-    text = "The artifacts were not held against the trained model." if entries else "There are no artifacts."
+    good = [name for name, word in words.items() if word == PROVEN]
+    weights = sum(layer.weights for layer in run.layers.values())
+    layers = sum(layer.shape is not None for layer in run.layers.values())
+    proof = f"{', '.join(good)}: {weights:,} codes and {layers} scales are the trained ones, exactly."
+    if failed := [name for name, word in words.items() if word == FAILED]:
+        text = f"{', '.join(failed)}: the reason stands below. {proof if good else ''}"
+        return {"kind": "bad", "word": "Not made", "text": text.strip()}
+    if good:
+        return {"kind": "good", "word": "Verified", "text": proof}
+    text = "The artifacts were not held against the trained model." if words else "There are no artifacts."
     return {"kind": "open", "word": "Not verified", "text": text}
 
 
+def _word(name: str, entry: dict[str, Any]) -> str:
+    """The verdict on one artifact."""
+    verified, error, mismatches = entry.get("verified"), entry.get("error"), entry.get("mismatches")
+    if error and not mismatches:
+        return FAILED
+    if isinstance(verified, bool):
+        return PROVEN if verified else WRONG
+    return UNPROVEN if name != "latents" else "what trained"
+
+
 def artifacts(run: Run) -> list[dict[str, Any]]:
-    """A row for the latents and for each artifact: name, path, size, times smaller, verdict, mismatches."""
+    """A row for the latents and for each artifact: name, path, size, times smaller, verdict, problems."""
     latents = weight_bytes(run.folder)
     rows: list[dict[str, Any]] = []
     entries = _entries(run)
@@ -46,18 +61,15 @@ def artifacts(run: Run) -> list[dict[str, Any]]:
 def _artifact(
     name: str, path: str, size: float | None, latents: int, entry: dict[str, Any]
 ) -> dict[str, Any]:
-    if isinstance(verified := entry.get("verified"), bool):
-        word = "verified" if verified else "NOT the trained model"
-    else:
-        word = "what trained" if name == "latents" else "not verified"
     mismatches = entry.get("mismatches")
     return {
         "name": name,
         "path": path,
         "size": mebibytes(size) if size else "",
         "ratio": f"{latents / size:.1f}× smaller" if size and latents > size else "",
-        "verdict": word,
-        "mismatches": [str(line) for line in mismatches] if isinstance(mismatches, list) else [],
+        "verdict": _word(name, entry),
+        "problems": [str(line) for line in mismatches] if isinstance(mismatches, list) else [],
+        "error": str(entry.get("error") or ""),
     }
 
 

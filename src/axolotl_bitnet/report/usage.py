@@ -20,8 +20,11 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))"""
 
 _COMMANDS = {
     "packed": ("In Python, with plain transformers (2 bits a weight)", _SCRIPT),
-    "gguf": ("With llama.cpp", "llama-cli -m {path}"),
-    "dense": ("With anything that runs bfloat16 checkpoints", "vllm serve {path}"),
+    "gguf": ("With llama.cpp", 'llama-cli -m {path} -p "The capital of France is" -n 64'),
+    "dense": (
+        "Dense bfloat16, for vLLM and others (activations are not quantized: near the ternary model)",
+        "vllm serve {path} --dtype bfloat16",
+    ),
     "mlx": ("On a Mac, with MLX", 'mlx_lm.generate --model {path} --prompt "Hello"'),
     "w8a8": ("With vLLM, in int8", "vllm serve {path}"),
 }

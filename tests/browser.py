@@ -76,7 +76,7 @@ class Browser:
             width, height: of the window, in CSS pixels; below 500 it says it is a phone.
             ask: expressions by name; promises are awaited.
             dark: what it answers to ``prefers-color-scheme``.
-            shot: where to keep a picture of the whole page (PNG).
+            shot: where to keep a picture of the window (PNG).
         """
         self._events.clear()
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
@@ -99,7 +99,7 @@ class Browser:
             assert "exceptionDetails" not in result, result
             seen.values[name] = result["result"].get("value")
         if shot is not None:
-            picture = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+            picture = self._call("Page.captureScreenshot", format="png")
             shot.write_bytes(base64.b64decode(picture["data"]))
         for event in self._events:
             method, parameters = event["method"], event["params"]

@@ -1,11 +1,17 @@
-"""Folders as runs leave them, made up, for the tests of the report."""
+"""For the tests of the report: folders as runs leave them, made up, and pages as a parser sees them."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+
+from axolotl_bitnet.report import write_report
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 SHAPES = {
     "self_attn.q_proj": (64, 64),
@@ -106,3 +112,61 @@ def write(folder: Path, **files: Any) -> Path:
 def whole(folder: Path, layers: int = 3) -> Path:
     """A run of which everything is known."""
     return write(folder, run=record(log()), bitnet=proof(names(layers)), monitor=moved(names(layers)))
+
+
+class Page(HTMLParser):
+    """A page's elements and its text; raises where a tag does not close."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.words: list[str] = []
+        self.styles = ""
+        self._open: list[str] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert not self._open, f"not closed: {self._open}"
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] == "style":
+            self.styles += data
+        else:
+            self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def figures(self) -> set[str]:
+        return {attributes["id"] for attributes in self.all("figure")}
+
+
+def page_of(folder: Path) -> Page:
+    return Page(write_report(folder))
+
+
+def loads(page: Page) -> list[str]:
+    """Whatever a browser would fetch, or run."""
+    found = [f"<{tag}>" for tag, _ in page.elements if tag in ("script", "iframe", "object", "embed", "base")]
+    for tag, attributes in page.elements:
+        for key, value in attributes.items():
+            inside = value.startswith(("#", "data:"))
+            if key in ("src", "href", "srcset", "action", "data", "poster") and not inside:
+                found.append(f"{tag} {key}={value}")
+            if key.startswith("on") or value.strip().lower().startswith("javascript:"):
+                found.append(f"{tag} {key}={value}")
+            found += [url for url in re.findall(r"url\(([^)]*)", value) if not url.startswith("#")]
+    return found + re.findall(r"url\([^#)][^)]*|@import[^;]*", page.styles)

@@ -1,22 +1,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
 from collections import Counter
-from html.parser import HTMLParser
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import browser
 import pytest
 import reports
-from click.testing import CliRunner
+from reports import Page, loads, page_of
 
 from axolotl_bitnet.report import ReportError, write_report
 from axolotl_bitnet.report import page as page_module
@@ -27,69 +23,10 @@ from axolotl_bitnet.report.sources import Layer, read_run, row_and_column
 pytestmark = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 
 PNG = b"\x89PNG\r\n\x1a\n"
-VOID = {"meta", "link", "br", "img", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """A page's elements and its text; raises where a tag does not close."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.words: list[str] = []
-        self.styles = ""
-        self._open: list[str] = []
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-        self.close()
-        assert not self._open, f"not closed: {self._open}"
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {key: value or "" for key, value in attrs}))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {key: value or "" for key, value in attrs}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] == "style":
-            self.styles += data
-        else:
-            self.words.append(data)
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    @property
-    def figures(self) -> set[str]:
-        return {attributes["id"] for attributes in self.all("figure")}
-
-
-def _page(folder: Path) -> Page:
-    return Page(write_report(folder))
-
-
-def _loads(page: Page) -> list[str]:
-    """Whatever a browser would fetch, or run."""
-    found = [f"<{tag}>" for tag, _ in page.elements if tag in ("script", "iframe", "object", "embed", "base")]
-    for tag, attributes in page.elements:
-        for key, value in attributes.items():
-            inside = value.startswith(("#", "data:"))
-            if key in ("src", "href", "srcset", "action", "data", "poster") and not inside:
-                found.append(f"{tag} {key}={value}")
-            if key.startswith("on") or value.strip().lower().startswith("javascript:"):
-                found.append(f"{tag} {key}={value}")
-            found += [url for url in re.findall(r"url\(([^)]*)", value) if not url.startswith("#")]
-    return found + re.findall(r"url\([^#)][^)]*|@import[^;]*", page.styles)
 
 
 def test_a_whole_run(tmp_path: Path) -> None:
-    page = _page(reports.whole(tmp_path / "my-run"))
+    page = page_of(reports.whole(tmp_path / "my-run"))
     assert page.figures == {
         "loss", "flips", "flips-total", "zeros", "scale-drift", "frozen", "learning-rate", "gradient-norm",
         "throughput", "memory", "zeros-by-layer", "flips-by-layer", "drift-by-layer",
@@ -114,8 +51,8 @@ def test_a_whole_run(tmp_path: Path) -> None:
 
 
 def test_it_loads_nothing_and_is_accessible(tmp_path: Path) -> None:
-    page = _page(reports.whole(tmp_path / "run"))
-    assert not _loads(page)
+    page = page_of(reports.whole(tmp_path / "run"))
+    assert not loads(page)
     assert page.all("html") == [{"lang": "en"}] and len(page.all("h1")) == 1
     assert any("width=device-width" in meta.get("content", "") for meta in page.all("meta"))
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
@@ -141,7 +78,7 @@ def test_pictures_lie_beside_it(tmp_path: Path) -> None:
     assert {path.suffix for path in written.parent.iterdir()} == {".png", ".html"}
 
 
-def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
+def test_the_same_run_gives_the_samepage_of(tmp_path: Path) -> None:
     run = reports.whole(tmp_path / "run")
     first = write_report(run).read_bytes()
     assert write_report(run).read_bytes() == first
@@ -171,8 +108,8 @@ def test_hostile_names_are_text(tmp_path: Path, bad: str) -> None:
         bitnet=reports.proof([layer], artifacts=artifacts),
         monitor=reports.moved([layer]),
     )
-    page = _page(folder)
-    assert not _loads(page)
+    page = page_of(folder)
+    assert not loads(page)
     assert {tag for tag, _ in page.elements} <= {
         "html", "head", "meta", "link", "title", "style", "body", "header", "main", "footer", "section", "p",
         "h1", "h2", "h3", "strong", "span", "dl", "div", "dt", "dd", "figure", "figcaption", "svg", "g",
@@ -209,7 +146,7 @@ def test_secrets_are_hidden(key: str, value: Any) -> None:
 
 def test_secrets_in_a_record_of_others_are_hidden_too(tmp_path: Path) -> None:
     """A run.json that this package did not write, or that was edited."""
-    page = _page(reports.write(tmp_path / "run", run=reports.record([], config=dict(SECRETS))))
+    page = page_of(reports.write(tmp_path / "run", run=reports.record([], config=dict(SECRETS))))
     assert page.text.count(HIDDEN) >= len(SECRETS)
     assert "abc" not in page.source and "12345" not in page.source
 
@@ -231,7 +168,7 @@ def test_what_is_no_secret_is_shown() -> None:
 
 
 def test_only_proof_is_left(tmp_path: Path) -> None:
-    page = _page(reports.write(tmp_path / "run", bitnet=reports.proof(reports.names(2))))
+    page = page_of(reports.write(tmp_path / "run", bitnet=reports.proof(reports.names(2))))
     assert page.figures == {"zeros-by-layer"}
     assert "There is no run.json: the config and the versions are not known." in page.text
     assert "No log was found: there are no curves." in page.text
@@ -244,7 +181,7 @@ def test_a_killed_run_has_the_log_of_its_last_checkpoint(tmp_path: Path) -> None
         state = {"log_history": reports.log(step, monitor=False), "global_step": step}
         reports.write(folder / f"checkpoint-{step}", trainer_state=state)
     (folder / "checkpoint-20" / "trainer_state.json").write_text('{"log_history": [')
-    page = _page(folder)
+    page = page_of(folder)
     assert "begun, not known to have finished" in page.text
     assert "The log is that of checkpoint-10" in page.text and "checkpoint-20" in page.text
     assert "steps 10 " in page.text and "There are no artifacts." in page.text
@@ -257,10 +194,10 @@ def test_an_earlier_runs_files_are_not_this_runs(tmp_path: Path) -> None:
     reports.write(folder, monitor=reports.moved(reports.names(1)))
     for path in (folder / "checkpoint-9" / "trainer_state.json", folder / "monitor.json"):
         os.utime(path, (1.0e9, 1.0e9))
-    page = _page(folder)
+    page = page_of(folder)
     assert not page.figures and "No log was found" in page.text and "monitor.json is an earlier" in page.text
     reports.write(folder, run=reports.record([], finished=None, resumed_at=9))
-    page = _page(folder)
+    page = page_of(folder)
     assert {"loss", "flips-by-layer"} <= page.figures and "resumed at step 9" in page.text
 
 
@@ -282,7 +219,7 @@ def test_a_preference_run_without_evaluation_and_monitor(tmp_path: Path) -> None
     folder = reports.write(
         tmp_path / "run", run=reports.record(entries, config={"rl": "dpo", "base_model": "b"})
     )
-    page = _page(folder)
+    page = page_of(folder)
     assert page.figures == {"loss", "rewards", "preferred", "learning-rate"}
     assert "DPO of b on" in page.text and "logps/chosen -31 → -31" in page.text
     assert "pairs ranked right 50 %" in page.text and "evaluation" not in page.text
@@ -294,7 +231,7 @@ def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> 
     entries[2]["loss"] = math.inf
     for entry in entries:
         entry["grad_norm"] = math.nan
-    page = _page(reports.write(tmp_path / "run", run=reports.record(entries)))
+    page = page_of(reports.write(tmp_path / "run", run=reports.record(entries)))
     assert "2 logged values of “Loss, training” are not finite and left out." in page.text
     assert "never finite" in page.text
 
@@ -306,9 +243,9 @@ def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> 
 def test_damaged_files_are_named_and_left_out(tmp_path: Path, name: str, text: str) -> None:
     files = {"run": reports.record([{"step": 1, "loss": 1.0}]), "bitnet": reports.proof(reports.names(1))}
     folder = reports.write(tmp_path / "run", **(files | {"monitor": reports.moved([]), name: text}))
-    page = _page(folder)
+    page = page_of(folder)
     assert (f"{name}.json" in page.text.split("Course")[0]) == (not text.startswith('{"log')) or name == "run"
-    assert not _loads(page)
+    assert not loads(page)
 
 
 def test_damaged_values_are_left_out(tmp_path: Path) -> None:
@@ -325,7 +262,7 @@ def test_damaged_values_are_left_out(tmp_path: Path) -> None:
             },
             monitor={"layers": {"a.0.b": value, "a.2.b": {"scale": value, "scale_start": value}}},
         )
-        assert "Ternary training report" in _page(folder).text
+        assert "Ternary training report" in page_of(folder).text
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -343,7 +280,9 @@ def test_failed_verification_is_what_one_sees_first(tmp_path: Path) -> None:
         "mlx": {"verified": True, "mismatches": [], "path": "mlx", "bytes": 5},
         "dense": {"verified": None, "path": "dense", "bytes": 5},
     }
-    page = _page(reports.write(tmp_path / "run", bitnet=reports.proof(reports.names(1), artifacts=artifacts)))
+    page = page_of(
+        reports.write(tmp_path / "run", bitnet=reports.proof(reports.names(1), artifacts=artifacts))
+    )
     assert "✗ Not the trained model packed:" in page.text and "✓" not in page.text
     assert lines[19] in page.text and lines[20] not in page.text and "and 10 more" in page.text
     assert "vllm serve" in page.text and "from_pretrained" not in page.text
@@ -354,7 +293,9 @@ def test_an_artifact_that_could_not_be_made_is_told_from_a_wrong_one(tmp_path: P
         "packed": {"verified": True, "mismatches": [], "path": "packed", "bytes": 5},
         "mlx": {"verified": False, "error": "no space left on device"},
     }
-    page = _page(reports.write(tmp_path / "run", bitnet=reports.proof(reports.names(1), artifacts=artifacts)))
+    page = page_of(
+        reports.write(tmp_path / "run", bitnet=reports.proof(reports.names(1), artifacts=artifacts))
+    )
     assert "✗ Not made mlx: the reason stands below. packed: 36,864 codes" in page.text
     assert "mlx not made – no space left on device" in page.text and "NOT the trained" not in page.text
     assert "from_pretrained" in page.text and "mlx_lm" not in page.text
@@ -362,7 +303,9 @@ def test_an_artifact_that_could_not_be_made_is_told_from_a_wrong_one(tmp_path: P
 
 def test_without_verification_nothing_is_claimed(tmp_path: Path) -> None:
     artifacts = {"packed": {"verified": None, "path": "packed", "bytes": 5}}
-    page = _page(reports.write(tmp_path / "run", bitnet=reports.proof(reports.names(1), artifacts=artifacts)))
+    page = page_of(
+        reports.write(tmp_path / "run", bitnet=reports.proof(reports.names(1), artifacts=artifacts))
+    )
     assert "– Not verified" in page.text and "✓" not in page.text
 
 
@@ -422,212 +365,3 @@ def test_the_old_report_stays_until_the_new_one_is_whole(
         write_report(run)
     assert (run / "report" / "index.html").read_bytes() == before
     assert {path.name for path in run.iterdir()} == {"run.json", "bitnet.json", "monitor.json", "report"}
-
-
-@pytest.fixture
-def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_module, "find_spec", lambda name: None if name == "matplotlib" else object())
-
-
-def _command(folder: Path) -> Any:
-    from axolotl_bitnet.integration.cli import main
-
-    return CliRunner().invoke(main, ["report", str(folder)])
-
-
-def test_the_command(tmp_path: Path) -> None:
-    pytest.importorskip("axolotl")
-    run = reports.whole(tmp_path / "run", layers=1)
-    result = _command(run)
-    assert result.exit_code == 0 and result.output.strip() == str(run / "report" / "index.html")
-    assert (run / "report" / "index.html").is_file()
-    (tmp_path / "empty").mkdir()
-    result = _command(tmp_path / "empty")
-    assert result.exit_code == 1 and "holds no run" in result.output
-
-
-def test_the_command_without_matplotlib(tmp_path: Path, no_matplotlib: None) -> None:
-    pytest.importorskip("axolotl")
-    result = _command(reports.whole(tmp_path / "run", layers=1))
-    assert result.exit_code == 1
-    assert "a report needs matplotlib, which is not installed" in result.output
-    assert "pip install 'axolotl-bitnet[report]'" in result.output and "Traceback" not in result.output
-
-
-def test_a_report_never_fails_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, no_matplotlib: None
-) -> None:
-    pytest.importorskip("axolotl")
-    from axolotl_bitnet.integration import run_log
-
-    caplog.set_level(logging.INFO, "axolotl.bitnet")
-    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
-    run_log.report_run(reports.whole(tmp_path / "run", layers=1))
-    assert "no report: a report needs matplotlib" in caplog.text
-
-    def fail(folder: Path) -> Path:
-        raise RuntimeError("something unforeseen")
-
-    monkeypatch.setattr(run_log, "write_report", fail)
-    run_log.report_run(tmp_path)
-    assert "something unforeseen" in caplog.text
-
-
-def test_a_log_that_cannot_be_written_never_fails_a_run(tmp_path: Path) -> None:
-    pytest.importorskip("axolotl")
-    from axolotl_bitnet.integration.run_log import RunLog
-
-    (tmp_path / "file").write_text("")
-    arguments = SimpleNamespace(output_dir=str(tmp_path / "file"), world_size=1)
-    state = SimpleNamespace(global_step=0, is_world_process_zero=True, log_history=[{"a": object()}])
-    callback = RunLog({})
-    callback.on_train_begin(arguments, state, None)
-    arguments.output_dir = str(tmp_path)
-    callback.on_train_end(arguments, state, None)
-    assert {path.name for path in tmp_path.iterdir()} == {"file"}
-
-
-def test_only_the_first_process_writes(tmp_path: Path) -> None:
-    pytest.importorskip("axolotl")
-    from axolotl_bitnet.integration.run_log import RunLog
-
-    state = SimpleNamespace(global_step=0, is_world_process_zero=False, log_history=[])
-    RunLog({}).on_train_begin(SimpleNamespace(output_dir=str(tmp_path), world_size=2), state, None)
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_run_whose_export_fails_has_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("axolotl")
-    from axolotl.utils.dict import DictDefault
-
-    from axolotl_bitnet import BitNetPlugin
-    from axolotl_bitnet.fingerprint import Fingerprint
-
-    plugin: Any = BitNetPlugin()
-    plugin._trained = Fingerprint({})
-    cfg = DictDefault({"use_onebitllms": True, "output_dir": str(tmp_path), "learning_rate": 1e-3})
-    with pytest.raises(Exception, match=r"config\.json"):
-        plugin.post_train(cfg, None)
-    assert "Not verified" in Page(tmp_path / "report" / "index.html").text
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, and the report that it wrote; then the same resumed from the middle, in another folder."""
-    pytest.importorskip("axolotl")
-    import shutil
-
-    from runs import config, train
-
-    folder = tmp_path_factory.mktemp("runs")
-    base = Path(__file__).resolve().parents[1] / "examples" / "falcon-e" / "tiny" / "model"
-    settings = config(
-        folder,
-        base,
-        reinit_weights=True,
-        max_steps=4,
-        save_strategy="steps",
-        save_steps=2,
-        val_set_size=0.05,
-        eval_steps=2,
-        bitnet={"learning_rate_multiplier": 2},
-        hub_model_id=None,
-        wandb_name="hf_abcdefghijklmnopqrstuvwxyz",
-    )
-    train(settings)
-    shutil.copytree(folder / "out", folder / "resumed")
-    for path in (folder / "resumed").glob("*.json"):
-        path.unlink()
-    shutil.rmtree(folder / "resumed" / "checkpoint-4")
-    checkpoint = str(folder / "resumed" / "checkpoint-2")
-    train(settings | {"output_dir": str(folder / "resumed"), "resume_from_checkpoint": checkpoint})
-    return folder
-
-
-@pytest.mark.slow
-def test_a_run_writes_its_report(runs: Path) -> None:
-    out = runs / "out"
-    record = json.loads((out / "run.json").read_text())
-    assert [entry["step"] for entry in record["log"] if "loss" in entry] == [1, 2, 3, 4]
-    assert "train_runtime" in record["log"][-1] and record["finished"] >= record["started"]
-    assert record["config"]["learning_rate"] == 1e-3  # as given, not multiplied
-    assert record["config"]["wandb_name"] == HIDDEN and "axolotl_config_path" not in record["config"]
-    assert record["resumed_at"] is None and record["versions"]["axolotl"]
-    page = Page(out / "report" / "index.html")
-    assert {"loss", "learning-rate", "gradient-norm", "zeros-by-layer"} <= page.figures
-    assert "✓ Verified" in page.text and "evaluation" in page.text and "memory" not in page.figures
-    assert "What is missing" not in page.text and not _loads(page)
-
-
-@pytest.mark.slow
-def test_a_resumed_run_has_the_whole_log(runs: Path) -> None:
-    record = json.loads((runs / "resumed" / "run.json").read_text())
-    assert record["resumed_at"] == 2
-    assert [entry["step"] for entry in record["log"] if "loss" in entry] == [1, 2, 3, 4]
-    page = Page(runs / "resumed" / "report" / "index.html")
-    assert "resumed at step 2" in page.text and "training time" not in page.text
-
-
-in_a_browser = pytest.mark.skipif(
-    browser.find() is None, reason="no Chromium: CHROMIUM=$(scripts/browser.sh) installs and names one"
-)
-LOOK = {
-    "title": "document.title",
-    "width": "[document.scrollingElement.scrollWidth, innerWidth]",
-    "outside": "[...document.querySelectorAll('body *')].filter(e => !e.closest('svg') &&"
-    " e.getBoundingClientRect().right > WIDTH + 0.5).map(e => e.outerHTML.slice(0, 200))",
-    "pictures": "[...document.querySelectorAll('svg')].map(e => [e.clientWidth, e.clientHeight])",
-    "images": "Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth > 0)))",
-    "background": "getComputedStyle(document.body).backgroundColor",
-    "line": "getComputedStyle(document.querySelector('#loss path[style*=\"--s0\"]')).stroke",
-    "open": "document.querySelectorAll('details').forEach(d => d.open = true)",
-    "width_open": "[document.scrollingElement.scrollWidth, innerWidth]",
-}
-
-
-@pytest.mark.skipif(
-    browser.find() is None, reason="no Chromium: scripts/browser.sh installs one, see CHROMIUM"
-)
-def test_in_a_browser(tmp_path: Path) -> None:
-    long = "a-name-that-has-no-place-to-break-" * 6
-    layers = [*reports.names(24), f"model.layers.24.mlp.{long}"]
-    run = reports.record(
-        reports.log(), config={"base_model": f"org/{long}", long: long}, versions={long[:30]: long}
-    )
-    folder = reports.write(
-        tmp_path / "a <b>bold name", run=run, bitnet=reports.proof(layers), monitor=reports.moved(layers)
-    )
-    written = write_report(folder)
-    seen = {}
-    with browser.chromium(str(browser.find()), tmp_path / "profile") as chromium:
-        for width, dark in ((360, False), (360, True), (1280, False), (1280, True)):
-            ask = {name: script.replace("WIDTH", str(width)) for name, script in LOOK.items()}
-            visit = chromium.visit(written, width, 800, ask, dark)
-            seen[width, dark] = visit.values
-            assert visit.requests == [written.resolve().as_uri()]
-            assert not visit.complaints
-            assert visit.values["title"] == "a <b>bold name · ternary training report"
-            assert visit.values["width"] == [width, width] and visit.values["width_open"] == [width, width]
-            assert visit.values["outside"] == [] and all(visit.values["images"])
-            assert len(visit.values["pictures"]) == 13
-            assert all(w > 250 and h > 90 for w, h in visit.values["pictures"])
-    for what in ("background", "line"):
-        assert seen[360, False][what] != seen[360, True][what], "one theme for light and dark"
-
-
-@pytest.mark.skipif(
-    browser.find() is None, reason="no Chromium: scripts/browser.sh installs one, see CHROMIUM"
-)
-def test_the_browser_notices(tmp_path: Path) -> None:
-    """What the test above is held against: a page that does what it must not."""
-    bad = tmp_path / "bad.html"
-    bad.write_text(
-        "<meta name=viewport content='width=device-width'><title>x</title><p style='width: 900px'>wide</p>"
-        "<img src='missing.png'>"
-        "<script>console.error('no'); fetch('http://127.0.0.1:9/x').catch(() => 0)</script>"
-    )
-    ask = {"width": LOOK["width"], "outside": LOOK["outside"].replace("WIDTH", "360")}
-    with browser.chromium(str(browser.find()), tmp_path / "profile") as chromium:
-        visit = chromium.visit(bad, 360, 800, ask)
-    assert visit.values["width"][0] >= 900 and visit.values["outside"]
-    assert len(visit.requests) == 3 and any("'no'" in c or '"no"' in c for c in visit.complaints)

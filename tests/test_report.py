@@ -78,7 +78,7 @@ def test_pictures_lie_beside_it(tmp_path: Path) -> None:
     assert {path.suffix for path in written.parent.iterdir()} == {".png", ".html"}
 
 
-def test_the_same_run_gives_the_samepage_of(tmp_path: Path) -> None:
+def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
     run = reports.whole(tmp_path / "run")
     first = write_report(run).read_bytes()
     assert write_report(run).read_bytes() == first

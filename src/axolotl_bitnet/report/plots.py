@@ -95,7 +95,7 @@ def _figure(height: float, colours: dict[str, str]) -> tuple[Figure, Any]:
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
-    axes.tick_params(colors=colours["ink"], length=0)
+    axes.tick_params(which="both", colors=colours["ink"], length=0)
     axes.grid(color=colours["grid"], linewidth=0.8)
     for spine in axes.spines.values():
         spine.set_color(colours["grid"])

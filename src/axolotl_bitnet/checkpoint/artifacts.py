@@ -19,7 +19,7 @@ from .verify import RUN_FILE, VerificationError, VerificationReport, compare
 PACKED = "packed"
 REPORT = "report"
 _ASIDE = "_previous"  # uploads to a hub leave out names that begin with an underscore
-_LEFTOVER = re.compile(rf"{_ASIDE}(-\d+)?|\.{PACKED}\.(partial|old)-.*")  # or of a packing that was killed
+_LEFTOVER = re.compile(rf"{_ASIDE}(-\d+)?|\.({PACKED}|{REPORT})\.(partial|old)-.*")  # or of a writing killed
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 

@@ -4,6 +4,9 @@
 # Further arguments for pytest: make test ARGS="-k ternary -x"
 ARGS ?=
 
+# The run that docs/example-report shows
+RUN ?= outputs/tiny-sft
+
 # No telemetry, no downloads; and whichever checkout a shared environment points to, import this one.
 export AXOLOTL_DO_NOT_TRACK = 1
 export DO_NOT_TRACK = 1
@@ -14,7 +17,7 @@ export PYTHONPATH = $(CURDIR)/src
 # $(call in,LANE) begins a recipe line that runs inside the lane's environment
 in = environment=$$(scripts/environment.sh $(1)) && PATH="$$environment/bin:$$PATH" && export PATH && set -x &&
 
-.PHONY: help test test-latest lint demo bench build clean distclean
+.PHONY: help test test-latest lint demo bench example build clean distclean
 
 help: ## list the targets (the default)
 	@sed -n 's/^\([a-z-]*\):[a-z ]*## */\1	/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -33,6 +36,9 @@ demo: ## train a tiny ternary model (SFT, DPO), pack it, ask it: minutes on a CP
 
 bench: ## measure the kernels and the whole step against their peers (needs a GPU and the peers: .[bench])
 	python benchmarks/first_step.py && python benchmarks/each_kernel.py && python benchmarks/linear.py && python benchmarks/train_step.py && python benchmarks/plot.py
+
+example: ## show a run's report in docs/: make example RUN=outputs/tiny-sft
+	@$(call in,any) python scripts/example_report.py $(RUN)
 
 build: ## build the sdist and the wheel into dist/
 	@$(call in,any) python -m build --no-isolation

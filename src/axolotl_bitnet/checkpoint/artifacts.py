@@ -17,8 +17,9 @@ from .stream import INDEX, CheckpointError, read_json, write_json
 from .verify import RUN_FILE, VerificationError, VerificationReport, compare
 
 PACKED = "packed"
+REPORT = "report"
 _ASIDE = "_previous"  # uploads to a hub leave out names that begin with an underscore
-_FOLDERS = "|".join(FOLDERS)
+_FOLDERS = "|".join((*FOLDERS, REPORT))
 _LEFTOVER = re.compile(
     rf"{_ASIDE}(-\d+)?|\.({_FOLDERS})\.(partial|old)-.*"
 )  # or of a writing that was killed
@@ -38,7 +39,7 @@ def set_aside(output_dir: str | Path, weights: bool = True) -> list[str]:
     stale = [
         path
         for path in folder.iterdir()
-        if (weights and _WEIGHTS.fullmatch(path.name)) or path.name in (*FOLDERS, RUN_FILE)
+        if (weights and _WEIGHTS.fullmatch(path.name)) or path.name in (*FOLDERS, RUN_FILE, REPORT)
     ]
     if stale:
         taken = {path.name for path in folder.iterdir()}

@@ -18,6 +18,7 @@ from ..checkpoint.inspect import inspect as inspect_checkpoint
 from ..checkpoint.running import PROMPTS
 from ..checkpoint.stream import CheckpointError
 from ..checkpoint.verify import RUN_FILE, VerificationReport, verify_checkpoint
+from ..report import ReportError, write_report
 from .terminal import MISMATCH, BadInput, as_json, command, show, size
 
 _SHOWN = 20
@@ -265,6 +266,22 @@ def _show_inspection(found: Inspection) -> None:
     )
     for line in found.refused:
         click.echo(f"refused: {line}")
+
+
+@main.command()
+@click.argument("output_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@command
+def report(output_dir: Path) -> None:
+    """Write what is known of the run in OUTPUT_DIR as one page with plots: OUTPUT_DIR/report/index.html.
+
+    \b
+    Example:
+        axolotl bitnet report outputs/falcon-e-3b-sft
+    """
+    try:
+        click.echo(write_report(output_dir))
+    except ReportError as error:
+        raise BadInput(str(error)) from error
 
 
 def _recipes_folder():  # type: ignore[no-untyped-def]

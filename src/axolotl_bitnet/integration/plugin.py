@@ -41,6 +41,7 @@ from .resume import (
     settle,
 )
 from .rollouts import push_dense_ternary
+from .run_log import RunLog, given, report_run
 from .watching import watch
 
 # A child of Axolotl's logger has its handler and level. Axolotl's own wrapper asks for the process group,
@@ -57,6 +58,10 @@ class BitNetPlugin(BasePlugin):
         self._reference: torch.nn.Module | None = None  # between its loading and post_trainer_create
         self._resumed: Path | None = None
         self._repository: Repository | None = None
+        self._config: dict[str, Any] = {}
+
+    def register(self, cfg: Any) -> None:
+        self._config = given(cfg)  # later hooks see defaults, and rates multiplied
 
     def get_input_args(self) -> str:
         return "axolotl_bitnet.integration.args.BitNetArgs"
@@ -140,7 +145,7 @@ class BitNetPlugin(BasePlugin):
                 self._prepare_latents(cfg, model, self._reference)
         base = local_folder(cfg)
         settings = settings_of(_options(cfg), getattr(model.config, CONFIG_KEY))
-        return [TernaryRun(settings, str(base) if base else None)]
+        return [TernaryRun(settings, str(base) if base else None), RunLog(self._config)]
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         if not cfg.use_onebitllms:
@@ -204,7 +209,10 @@ class BitNetPlugin(BasePlugin):
             return
         trained, self._trained = self._trained, None
         if _is_main_process():
-            export_run(Path(cfg.output_dir), trained, _options(cfg), self._repository)
+            try:
+                export_run(Path(cfg.output_dir), trained, _options(cfg), self._repository)
+            finally:
+                report_run(cfg.output_dir)
 
 
 def _gathering(cfg: Any, trainer: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bitlinear import BitLinear
     from .checkpoint.dense import revert_checkpoint
+    from .checkpoint.gguf import export_gguf
     from .checkpoint.packed import pack_checkpoint
     from .checkpoint.restore import restore_latents
     from .checkpoint.verdict import VerificationReport
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .convert import convert_to_bitlinear
     from .integration.plugin import BitNetPlugin
     from .ternary import quantize_activations, ternarize
+    from .training.ramp import set_ramp
 
 __version__ = "0.1.0"
 
@@ -28,10 +30,12 @@ _HOMES = {
     "BitNetPlugin": "integration.plugin",
     "VerificationReport": "checkpoint.verdict",
     "convert_to_bitlinear": "convert",
+    "export_gguf": "checkpoint.gguf",
     "pack_checkpoint": "checkpoint.packed",
     "quantize_activations": "ternary",
     "restore_latents": "checkpoint.restore",
     "revert_checkpoint": "checkpoint.dense",
+    "set_ramp": "training.ramp",
     "ternarize": "ternary",
     "verify_checkpoint": "checkpoint.verify",
 }
@@ -41,10 +45,12 @@ __all__ = [
     "BitNetPlugin",
     "VerificationReport",
     "convert_to_bitlinear",
+    "export_gguf",
     "pack_checkpoint",
     "quantize_activations",
     "restore_latents",
     "revert_checkpoint",
+    "set_ramp",
     "ternarize",
     "verify_checkpoint",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,14 @@ def _seed() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)  # tiny tensors: a pool of threads only gets in its own way
+
+
+@pytest.fixture(autouse=True)
+def _without_kd_plugin() -> Iterator[None]:
+    """Axolotl keeps plugins for the whole process, and this one of its own breaks runs that do without it."""
+    yield
+    if base := sys.modules.get("axolotl.integrations.base"):
+        base.PluginManager.get_instance().plugins.pop("axolotl.integrations.kd.KDPlugin", None)
 
 
 def _float32(x: Tensor) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 import yaml
 
 pytest.importorskip("axolotl")
-from runs import ROOT, TINY, train
+from runs import ROOT, TINY
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_bitnet.integration.layouts import layout_refusals
@@ -59,15 +59,6 @@ def test_the_script_writes_the_teachers_own_distribution(teacher: Path, taught: 
     want, places = logits.log_softmax(-1).topk(TOP_K)
     assert row["target_token_ids"] == places.tolist()
     torch.testing.assert_close(torch.tensor(row["logprobs"]), want, atol=1e-5, rtol=0)
-
-
-@pytest.fixture
-def kd_plugin_unloaded() -> Iterator[None]:
-    """Axolotl keeps plugins for the whole process, and this one breaks the collator of runs without it."""
-    yield
-    from axolotl.integrations.base import PluginManager
-
-    PluginManager.get_instance().plugins.pop("axolotl.integrations.kd.KDPlugin", None)
 
 
 def _settings(folder: Path, teacher: Path, taught: Path, **changes: Any) -> dict[str, Any]:
@@ -121,30 +112,24 @@ def test_a_whole_head_is_taken(layout: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("kd_plugin_unloaded")
 def test_a_ternary_student_learns_from_its_dense_original(
-    tmp_path: Path, teacher: Path, taught: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, teacher: Path, taught: Path
 ) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # the plugin compiles its loss
-    seen: list[dict[str, Any]] = []
-    from axolotl.integrations.kd.trainer import AxolotlKDTrainer
-
-    compute_loss = AxolotlKDTrainer.compute_loss
-
-    def watched(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(dict(inputs))
-        return compute_loss(self, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(AxolotlKDTrainer, "compute_loss", watched)
     # of the teacher's answers alone, so that the first loss is a divergence that can be computed here
-    run = train(_settings(tmp_path, teacher, taught, kd_ce_alpha=0.0, kd_alpha=1.0))
-    assert type(run.trainer).__name__ == "AxolotlKDTrainer"
-    assert len(run.losses) == 5 and run.losses[-1] < run.losses[0]
+    settings = _settings(tmp_path, teacher, taught, kd_ce_alpha=0.0, kd_alpha=1.0)
+    files = [tmp_path / name for name in ("settings.json", "result.json", "batch.safetensors")]
+    files[0].write_text(json.dumps(settings), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "tests" / "distilling.py"), *map(str, files)]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-2000:]
+    result = json.loads(files[1].read_text(encoding="utf-8"))
+    losses = result["losses"]
+    assert result["trainer"] == "AxolotlKDTrainer" and len(losses) == 5 and losses[-1] < losses[0]
     record = json.loads((tmp_path / "out" / "bitnet.json").read_text(encoding="utf-8"))
     assert record["artifacts"]["packed"]["verified"] is True and len(record["converted"]) == 14
-    batch = seen[0]
+    batch = load_file(files[2])
     assert batch["target_mask"].any() and batch["target_logprobs"].shape[-1] == TOP_K
-    assert run.losses[0] == pytest.approx(_divergence(teacher, batch), rel=1e-3)
+    assert losses[0] == pytest.approx(_divergence(teacher, batch), rel=1e-3)
 
 
 def _divergence(teacher: Path, batch: dict[str, Any]) -> float:

@@ -47,7 +47,7 @@ def _verdict(run: Run) -> Any:
 @pytest.mark.slow
 def test_pretraining_from_random_weights(tmp_path: Path) -> None:
     run = _run(tmp_path, "pretrain-tiny.yaml", max_steps=5, eval_steps=5, warmup_ratio=0.2)
-    assert run.losses[0] == pytest.approx(5.7, abs=0.4)  # ln 260, and a little: no base's knowledge
+    assert 5.3 < run.losses[0] < 7.5  # ln 260 is 5.56: no base's knowledge
     assert run.losses[-1] < run.losses[0] - 0.5
     assert run.logged("eval_loss")[-1] < run.losses[0]
     assert _verdict(run) == (True, 42)

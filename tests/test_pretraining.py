@@ -51,7 +51,7 @@ def test_pretraining_from_random_weights(tmp_path: Path) -> None:
     assert run.losses[-1] < run.losses[0] - 0.5
     assert run.logged("eval_loss")[-1] < run.losses[0]
     assert _verdict(run) == (True, 42)
-    assert run.cfg.learning_rate == pytest.approx(2e-3)
+    assert run.cfg.learning_rate == pytest.approx(1e-3)
     assert (tmp_path / "out" / "packed" / "tokenizer.json").exists()
 
 

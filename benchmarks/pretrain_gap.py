@@ -21,12 +21,12 @@ from common import RESULTS
 
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "falcon-e"
 PRETRAIN = (  # kind, effective rate; what matters most first
-    ("ternary", 2e-3),
-    ("dense-float32", 1e-3),
-    ("ternary", 4e-3),
-    ("dense-float32", 2e-3),
-    ("dense-bfloat16", 1e-3),
     ("ternary", 1e-3),
+    ("dense-float32", 1e-3),
+    ("dense-bfloat16", 1e-3),
+    ("ternary", 2e-3),
+    ("dense-float32", 2e-3),
+    ("ternary", 4e-3),
 )
 CPT = (
     ("ternary", 5e-4),

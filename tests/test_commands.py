@@ -199,7 +199,7 @@ def test_merged_shards_pack_to_the_same_folder(
             assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
         else:
             assert ours.read_bytes() == theirs.read_bytes()
-    assert verify_checkpoint(out / "packed", folder / "out").ok
+    assert verify_checkpoint(out / "packed", folder / "out" / "bitnet.json").ok
     (out / "merged").rename(out / "elsewhere")
     with pytest.raises(CheckpointError, match=r"elsewhere.config\.json"):
         pack_checkpoint(out / "elsewhere", tmp_path / "packed")

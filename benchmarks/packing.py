@@ -32,8 +32,9 @@ from typing import Any
 
 import torch
 
+from axolotl_bitnet.checkpoint.files import write_json
 from axolotl_bitnet.checkpoint.formats import FORMATS
-from axolotl_bitnet.checkpoint.stream import INDEX, SINGLE, Entry, SafetensorsWriter, write_json
+from axolotl_bitnet.checkpoint.stream import INDEX, SINGLE, Entry, SafetensorsWriter
 from axolotl_bitnet.convert import CONFIG_KEY
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "falcon-e" / "tiny" / "model"

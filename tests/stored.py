@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from axolotl_bitnet.checkpoint.stream import SINGLE, read_json, write_json
+from axolotl_bitnet.checkpoint.files import read_json, write_json
+from axolotl_bitnet.checkpoint.stream import SINGLE
 from axolotl_bitnet.convert import CONFIG_KEY, convert_to_bitlinear
 from axolotl_bitnet.ternary import ternarize
 

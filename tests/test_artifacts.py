@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from axolotl_bitnet.checkpoint.artifacts import finish_run, made_in, set_aside, weight_bytes
+from axolotl_bitnet.checkpoint.files import CheckpointError, read_json
 from axolotl_bitnet.checkpoint.formats import Format
-from axolotl_bitnet.checkpoint.stream import INDEX, SINGLE, CheckpointError, SafetensorsWriter, read_json
+from axolotl_bitnet.checkpoint.stream import INDEX, SINGLE, SafetensorsWriter
 from axolotl_bitnet.checkpoint.verify import RUN_FILE, VerificationError, verify_checkpoint
 from axolotl_bitnet.convert import convert_to_bitlinear
 from axolotl_bitnet.fingerprint import Fingerprint, fingerprint_model

@@ -20,10 +20,11 @@ from stored import Build, edit_config, trained
 from torch import nn
 
 from axolotl_bitnet.checkpoint import stream
+from axolotl_bitnet.checkpoint.files import CheckpointError, read_json, write_json
 from axolotl_bitnet.checkpoint.formats import FORMATS, Format, open_checkpoint
 from axolotl_bitnet.checkpoint.packed import pack_checkpoint
 from axolotl_bitnet.checkpoint.restore import restore_latents
-from axolotl_bitnet.checkpoint.stream import INDEX, CheckpointError, read_json, write_json
+from axolotl_bitnet.checkpoint.stream import INDEX
 from axolotl_bitnet.fingerprint import fingerprint_model
 
 TINY = Path(__file__).parents[1] / "examples" / "falcon-e" / "tiny"

@@ -23,8 +23,8 @@ from runs import TINY, Run, config, preference, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_bitnet.bitlinear import BitLinear
+from axolotl_bitnet.checkpoint.files import CheckpointError
 from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.stream import CheckpointError
 from axolotl_bitnet.checkpoint.verify import verify_checkpoint
 from axolotl_bitnet.integration.args import refusals
 from axolotl_bitnet.integration.commands import command_refusals

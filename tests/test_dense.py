@@ -16,10 +16,11 @@ from torch import nn
 import axolotl_bitnet
 from axolotl_bitnet.checkpoint import stream
 from axolotl_bitnet.checkpoint.dense import DenseCheckpoint, magnitude_of, revert_checkpoint
+from axolotl_bitnet.checkpoint.files import CheckpointError, read_json
 from axolotl_bitnet.checkpoint.formats import open_checkpoint
 from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
 from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.stream import SINGLE, CheckpointError, read_json
+from axolotl_bitnet.checkpoint.stream import SINGLE
 from axolotl_bitnet.checkpoint.threads import row_ranges
 from axolotl_bitnet.convert import CONFIG_KEY, convert_to_bitlinear
 from axolotl_bitnet.fingerprint import fingerprint_model

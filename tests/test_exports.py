@@ -18,7 +18,7 @@ from runs import TINY, config, train
 from transformers import AutoTokenizer, BitNetConfig, LlamaConfig, MixtralConfig
 from zoo import HAS_GGUF, MADE
 
-from axolotl_bitnet.checkpoint.stream import read_json
+from axolotl_bitnet.checkpoint.files import read_json
 from axolotl_bitnet.checkpoint.verify import verify_checkpoint
 from axolotl_bitnet.convert import ConversionError
 from axolotl_bitnet.integration.exports import refuse_exports

@@ -11,8 +11,8 @@ import pytest
 from torch import nn
 from zoo import HAS_GGUF, MADE, make_run
 
+from axolotl_bitnet.checkpoint.files import CheckpointError, read_json
 from axolotl_bitnet.checkpoint.formats import FOLDERS, FORMATS, format_of, open_checkpoint
-from axolotl_bitnet.checkpoint.stream import CheckpointError, read_json
 from axolotl_bitnet.checkpoint.verify import RUN_FILE
 from axolotl_bitnet.fingerprint import Fingerprint
 

@@ -23,6 +23,7 @@ from torch import Tensor
 import axolotl_bitnet
 from axolotl_bitnet import pack_checkpoint
 from axolotl_bitnet.checkpoint import gguf as module
+from axolotl_bitnet.checkpoint.files import CheckpointError, read_json, write_json
 from axolotl_bitnet.checkpoint.gguf import TYPES, GGUFCheckpoint, export_gguf
 from axolotl_bitnet.checkpoint.gguf_blocks import (
     BLOCK_BYTES,
@@ -40,14 +41,7 @@ from axolotl_bitnet.checkpoint.gguf_llama import (
     tensors_of,
 )
 from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
-from axolotl_bitnet.checkpoint.stream import (
-    SINGLE,
-    CheckpointError,
-    Entry,
-    SafetensorsWriter,
-    read_json,
-    write_json,
-)
+from axolotl_bitnet.checkpoint.stream import SINGLE, Entry, SafetensorsWriter
 from axolotl_bitnet.convert import CONFIG_KEY
 from axolotl_bitnet.fingerprint import fingerprint_model
 from axolotl_bitnet.ternary import EPSILON, scale_of

@@ -15,6 +15,7 @@ from tokenizers import pre_tokenizers as pieces
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from axolotl_bitnet.checkpoint import gguf_pretokenizer
+from axolotl_bitnet.checkpoint.files import CheckpointError, write_json
 from axolotl_bitnet.checkpoint.gguf_pretokenizer import find_pretokenizer
 from axolotl_bitnet.checkpoint.gguf_tokenizer import (
     BYTE,
@@ -25,7 +26,6 @@ from axolotl_bitnet.checkpoint.gguf_tokenizer import (
     USER_DEFINED,
     read_vocabulary,
 )
-from axolotl_bitnet.checkpoint.stream import CheckpointError, write_json
 
 TEXTS = [
     *gguf_pretokenizer._TEXTS,

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from zoo import HAS_GGUF, Q, edit_tensors, make_run
 
+from axolotl_bitnet.checkpoint.files import CheckpointError, read_json, write_json
 from axolotl_bitnet.checkpoint.formats import FORMATS
 from axolotl_bitnet.checkpoint.inspect import inspect
-from axolotl_bitnet.checkpoint.stream import SINGLE, CheckpointError, read_json, write_json
+from axolotl_bitnet.checkpoint.stream import SINGLE
 from axolotl_bitnet.checkpoint.verify import RUN_FILE
 from axolotl_bitnet.convert import CONFIG_KEY
 from axolotl_bitnet.fingerprint import Fingerprint

@@ -13,9 +13,10 @@ from kills import kill_at_every_change
 from torch import nn
 
 from axolotl_bitnet.checkpoint.artifacts import finish_run, set_aside
+from axolotl_bitnet.checkpoint.files import CheckpointError
 from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
 from axolotl_bitnet.checkpoint.packed import PackedCheckpoint, pack_checkpoint
-from axolotl_bitnet.checkpoint.stream import INDEX, CheckpointError
+from axolotl_bitnet.checkpoint.stream import INDEX
 from axolotl_bitnet.checkpoint.verify import RUN_FILE, verify_checkpoint
 from axolotl_bitnet.convert import convert_to_bitlinear
 from axolotl_bitnet.fingerprint import Fingerprint, fingerprint_model

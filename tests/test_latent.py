@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from axolotl_bitnet.checkpoint import latent, source
+from axolotl_bitnet.checkpoint.files import CheckpointError, read_json, write_json
 from axolotl_bitnet.checkpoint.latent import LatentCheckpoint, copy_companions
 from axolotl_bitnet.checkpoint.source import read_plan
-from axolotl_bitnet.checkpoint.stream import SINGLE, CheckpointError, read_json, write_json
+from axolotl_bitnet.checkpoint.stream import SINGLE
 from axolotl_bitnet.checkpoint.threads import row_ranges
 from axolotl_bitnet.convert import CONFIG_KEY, Plan, convert_to_bitlinear
 from axolotl_bitnet.fingerprint import fingerprint_model

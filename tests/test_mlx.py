@@ -16,10 +16,11 @@ from stored import IDS, Build, by_hand, codes_and_scales, edit, edit_config, sam
 from torch import Tensor
 
 from axolotl_bitnet.checkpoint.dense import revert_checkpoint
+from axolotl_bitnet.checkpoint.files import CheckpointError, read_json
 from axolotl_bitnet.checkpoint.formats import open_checkpoint
 from axolotl_bitnet.checkpoint.mlx import MLXCheckpoint, export_mlx, group_size, pack_words, unpack_words
 from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.stream import SINGLE, CheckpointError, read_json
+from axolotl_bitnet.checkpoint.stream import SINGLE
 from axolotl_bitnet.convert import CONFIG_KEY
 from axolotl_bitnet.fingerprint import fingerprint_model
 

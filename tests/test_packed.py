@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import axolotl_bitnet
 from axolotl_bitnet.bitlinear import BitLinear
+from axolotl_bitnet.checkpoint.files import CheckpointError, read_json, write_json
 from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
 from axolotl_bitnet.checkpoint.packed import (
     PackedCheckpoint,
@@ -29,15 +30,7 @@ from axolotl_bitnet.checkpoint.packed import (
     packed_config,
     unpack_codes,
 )
-from axolotl_bitnet.checkpoint.stream import (
-    INDEX,
-    SINGLE,
-    CheckpointError,
-    Entry,
-    SafetensorsWriter,
-    read_json,
-    write_json,
-)
+from axolotl_bitnet.checkpoint.stream import INDEX, SINGLE, Entry, SafetensorsWriter
 from axolotl_bitnet.convert import CONFIG_KEY, Plan, convert_to_bitlinear
 from axolotl_bitnet.fingerprint import fingerprint_model
 from axolotl_bitnet.ternary import ternarize

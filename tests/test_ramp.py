@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from axolotl_bitnet import plain
 from axolotl_bitnet.bitlinear import BitLinear
+from axolotl_bitnet.checkpoint.files import CheckpointError
 from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.stream import CheckpointError
 from axolotl_bitnet.code_cache import weights_stand_still
 from axolotl_bitnet.convert import CONFIG_KEY, convert_to_bitlinear
 from axolotl_bitnet.training.ramp import RampSchedule, fully_ternary, lambda_at, ramping, set_ramp

@@ -16,8 +16,8 @@ from methods import save_base, settings_of
 from runs import Run, config, preference, train
 from transformers import TrainerCallback
 
+from axolotl_bitnet.checkpoint.files import CheckpointError
 from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.stream import CheckpointError
 from axolotl_bitnet.integration.resume import ResumeError
 from axolotl_bitnet.training.ramp import RampSchedule
 

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 import axolotl_bitnet
 from axolotl_bitnet.checkpoint.dense import DenseCheckpoint, revert_checkpoint
+from axolotl_bitnet.checkpoint.files import CheckpointError, read_json
 from axolotl_bitnet.checkpoint.foreign import ForeignPackedCheckpoint
 from axolotl_bitnet.checkpoint.formats import open_checkpoint
 from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
 from axolotl_bitnet.checkpoint.mlx import export_mlx
 from axolotl_bitnet.checkpoint.packed import pack_checkpoint
 from axolotl_bitnet.checkpoint.restore import restore_latents
-from axolotl_bitnet.checkpoint.stream import SINGLE, CheckpointError, read_json
+from axolotl_bitnet.checkpoint.stream import SINGLE
 from axolotl_bitnet.convert import CONFIG_KEY, convert_to_bitlinear
 from axolotl_bitnet.ops import pack_codes
 from axolotl_bitnet.preflight import preflight

@@ -25,8 +25,9 @@ from kills import kill_at_every_change
 from runs import TINY, Run, config, preference, train
 from transformers import AutoTokenizer, Trainer, TrainerCallback
 
+from axolotl_bitnet.checkpoint.files import CheckpointError
 from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.stream import INDEX, CheckpointError
+from axolotl_bitnet.checkpoint.stream import INDEX
 from axolotl_bitnet.checkpoint.verify import verify_checkpoint
 from axolotl_bitnet.checkpoint.whole import STATE, problems
 from axolotl_bitnet.integration import plugin as plugin_module

@@ -12,10 +12,11 @@ import torch
 from stored import by_hand
 
 import axolotl_bitnet
+from axolotl_bitnet.checkpoint.files import CheckpointError, write_json
 from axolotl_bitnet.checkpoint.formats import open_checkpoint
 from axolotl_bitnet.checkpoint.packed import pack_checkpoint
 from axolotl_bitnet.checkpoint.rewrite import Layout, rewrite
-from axolotl_bitnet.checkpoint.stream import SINGLE, CheckpointError, Entry, SafetensorsWriter, write_json
+from axolotl_bitnet.checkpoint.stream import SINGLE, Entry, SafetensorsWriter
 from axolotl_bitnet.convert import CONFIG_KEY
 
 MEMORY = """

@@ -13,18 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from axolotl_bitnet.checkpoint import stream
-from axolotl_bitnet.checkpoint.stream import (
-    DTYPES,
-    INDEX,
-    SINGLE,
-    CheckpointError,
-    CheckpointReader,
-    Entry,
-    SafetensorsWriter,
-    read_json,
-    whole_folder,
-    write_json,
-)
+from axolotl_bitnet.checkpoint.files import CheckpointError, read_json, whole_folder, write_json
+from axolotl_bitnet.checkpoint.stream import DTYPES, INDEX, SINGLE, CheckpointReader, Entry, SafetensorsWriter
 from axolotl_bitnet.checkpoint.threads import row_ranges
 
 

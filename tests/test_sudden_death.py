@@ -19,8 +19,8 @@ import torch
 from stored import Build, trained
 from test_bad_input import TINY, contents, every_format
 
+from axolotl_bitnet.checkpoint.files import CheckpointError
 from axolotl_bitnet.checkpoint.formats import Format, open_checkpoint
-from axolotl_bitnet.checkpoint.stream import CheckpointError
 from axolotl_bitnet.fingerprint import Fingerprint, fingerprint_model
 
 TRIES = 20

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from axolotl_bitnet.checkpoint.artifacts import finish_run
+from axolotl_bitnet.checkpoint.files import CheckpointError, read_json, write_json
 from axolotl_bitnet.checkpoint.packed import pack_checkpoint, pack_codes, unpack_codes
-from axolotl_bitnet.checkpoint.stream import SINGLE, CheckpointError, read_json, write_json
+from axolotl_bitnet.checkpoint.stream import SINGLE
 from axolotl_bitnet.checkpoint.verify import RUN_FILE, VerificationReport, compare, verify_checkpoint
 from axolotl_bitnet.convert import CONFIG_KEY, convert_to_bitlinear
 from axolotl_bitnet.fingerprint import Fingerprint, TensorFingerprint, fingerprint_model

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..fingerprint import Fingerprint
+from .files import CheckpointError, read_json, write_json
 from .formats import FOLDERS, FORMATS, Format
 from .latent import LatentCheckpoint
-from .stream import INDEX, CheckpointError, read_json, write_json
+from .stream import INDEX
 from .verify import RUN_FILE, VerificationError, VerificationReport, compare
 
 PACKED = "packed"

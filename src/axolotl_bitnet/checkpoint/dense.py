@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..convert import CONFIG_KEY, Plan
 from ..ternary import EPSILON, scale_of
+from .files import CheckpointError, read_json
 from .packed import in_bfloat16, with_rope_theta
 from .rewrite import Layout, rewrite
 from .source import DENSE, FORMAT, TernaryCheckpoint, read_plan
-from .stream import CheckpointError, CheckpointReader, Entry, read_json
+from .stream import CheckpointReader, Entry
 
 
 def revert_checkpoint(

@@ -24,8 +24,9 @@ from ..ops import unpack_codes
 from ..plain import ROWS_PER_BYTE
 from ..ternary import DEFINITION
 from .dense import DenseCheckpoint, read_signs
+from .files import CheckpointError, read_json
 from .source import TernaryCheckpoint
-from .stream import CheckpointError, CheckpointReader, Entry, read_json
+from .stream import CheckpointReader, Entry
 
 
 class ForeignPackedCheckpoint(TernaryCheckpoint):

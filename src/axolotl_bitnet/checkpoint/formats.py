@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..convert import CONFIG_KEY
+from .files import CheckpointError, read_json
 from .latent import LatentCheckpoint
 from .source import TernaryCheckpoint, is_dense
-from .stream import CheckpointError, read_json
 
 Check = Callable[[Path], None]
 

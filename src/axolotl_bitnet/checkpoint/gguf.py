@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from . import gguf_llama as llama
+from .files import CheckpointError, disk_errors, require_space
 from .gguf_blocks import BLOCK, encode_blocks, scale_to_fp16
 from .gguf_library import library
 from .gguf_reader import CONFIG, GGUFCheckpoint
 from .gguf_tokenizer import Vocabulary, read_vocabulary
 from .progress import begin
-from .stream import CheckpointError, disk_errors, require_space
 from .threads import one_thread
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from . import gguf_llama as llama
+from .files import CheckpointError
 from .gguf_header import Header
-from .stream import CheckpointError
 
 
 def rebuild_config(header: Header) -> dict[str, Any]:

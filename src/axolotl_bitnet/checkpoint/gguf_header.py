@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .stream import CheckpointError
+from .files import CheckpointError
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

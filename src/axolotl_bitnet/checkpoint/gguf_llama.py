@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .stream import CheckpointError
+from .files import CheckpointError
 
 ROPE_FREQS = "rope_freqs.weight"
 _OUTER = {

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ..convert import CONFIG_KEY, Plan
 from . import gguf_llama as llama
+from .files import CheckpointError
 from .gguf_blocks import BLOCK_BYTES, decode_blocks, scale_from_fp16
 from .gguf_config import rebuild_config
 from .gguf_header import Header, read_header
 from .gguf_library import library
 from .source import TernaryCheckpoint, read_plan
-from .stream import CheckpointError, Entry
+from .stream import Entry
 
 CONFIG = "axolotl_bitnet.config"
 """Metadata key of the trained model's config.json."""

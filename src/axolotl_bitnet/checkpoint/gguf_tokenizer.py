@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .files import CheckpointError, read_json
 from .gguf_pretokenizer import find_pretokenizer
-from .stream import CheckpointError, read_json
 
 LOG = logging.getLogger(__name__)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

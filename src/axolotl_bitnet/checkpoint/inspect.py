@@ -15,6 +15,7 @@ from ..convert import CONFIG_KEY, ConversionError, Plan, convert_to_bitlinear
 from ..ops import unpack_codes
 from ..plain import ROWS_PER_BYTE
 from ..preflight import NEVER_TERNARY
+from .files import CheckpointError, read_json
 from .foreign import multiplies
 from .formats import FORMATS, format_of, open_checkpoint
 from .gguf_blocks import BLOCK, BLOCK_BYTES
@@ -22,7 +23,7 @@ from .gguf_reader import GGUFCheckpoint
 from .measure import Layer, measure, ternary_layer
 from .progress import begin
 from .source import TernaryCheckpoint, read_plan
-from .stream import CheckpointError, CheckpointReader, Entry, read_json
+from .stream import CheckpointReader, Entry
 
 _GGUF_BITS = {"F16": 16.0} | {name.upper(): size * 8 / BLOCK for name, size in BLOCK_BYTES.items()}
 _NOT_LINEAR = ("lm_head", "embed_out", "score", "classifier", "embed")

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..convert import CONFIG_KEY, unfinished_ramp
 from ..ternary import abs_sum, absmean, codes_of, scale_of
+from .files import CheckpointError, read_json
 from .source import TernaryCheckpoint, is_dense, read_plan
-from .stream import CheckpointError, CheckpointReader, read_json
+from .stream import CheckpointReader
 from .threads import parallel_map, row_ranges
 
 LOG = logging.getLogger(__name__)

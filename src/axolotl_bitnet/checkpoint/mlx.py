@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..ternary import scale_of
 from .dense import magnitude_of, read_signs
+from .files import CheckpointError, read_json
 from .packed import in_bfloat16, with_rope_theta
 from .rewrite import Layout, rewrite
 from .source import TernaryCheckpoint, read_plan
-from .stream import CheckpointError, CheckpointReader, Entry, read_json
+from .stream import CheckpointReader, Entry
 
 GROUPS = (128, 64, 32)
 """Weights that share a scale, as MLX's kernels know them; the largest that divides the columns is used."""

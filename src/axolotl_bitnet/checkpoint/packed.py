@@ -18,19 +18,11 @@ from torch import Tensor
 from ..convert import Plan
 from ..ops import pack_codes, unpack_codes
 from ..plain import ROWS_PER_BYTE
+from .files import CheckpointError, read_json, whole_folder, write_json
 from .latent import copy_companions
 from .shapes import require_shapes
 from .source import TernaryCheckpoint, read_plan
-from .stream import (
-    SINGLE,
-    CheckpointError,
-    CheckpointReader,
-    Entry,
-    SafetensorsWriter,
-    read_json,
-    whole_folder,
-    write_json,
-)
+from .stream import SINGLE, CheckpointReader, Entry, SafetensorsWriter
 from .threads import BLOCK, parallel_map, row_ranges
 
 

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ..convert import CONFIG_KEY
 from ..ternary import EPSILON, latents_of, scale_of
+from .files import CheckpointError, read_json
 from .foreign import open_foreign_dense
 from .latent import LatentCheckpoint
 from .rewrite import Layout, rewrite
 from .source import TernaryCheckpoint
-from .stream import CheckpointError, Entry, read_json
+from .stream import Entry
 
 _LOG = logging.getLogger(__name__)
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import CheckpointError, whole_folder, write_json
 from .latent import copy_companions
 from .shapes import require_shapes
 from .source import TernaryCheckpoint
-from .stream import SINGLE, CheckpointError, Entry, SafetensorsWriter, whole_folder, write_json
+from .stream import SINGLE, Entry, SafetensorsWriter
 from .threads import one_thread
 
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .files import CheckpointError
 from .source import TernaryCheckpoint
-from .stream import CheckpointError
 
 
 def require_shapes(source: TernaryCheckpoint) -> None:

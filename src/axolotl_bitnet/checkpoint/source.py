@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..convert import CONFIG_KEY, Plan
 from ..fingerprint import Fingerprint, TensorFingerprint, digest_rows, merge_digests
+from .files import CheckpointError
 from .progress import begin
-from .stream import CheckpointError, Entry
+from .stream import Entry
 from .threads import parallel_map, row_ranges
 
 FORMAT = "format"

@@ -8,12 +8,9 @@ tensors are all in memory. The format is a length, a JSON header and the bytes.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .files import CheckpointError, read_json, require_space
 from .progress import begin
 from .threads import row_ranges
 
@@ -48,24 +46,8 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-REMEDIES = {
-    errno.ENOSPC: "free some space, or name a folder on another disk",
-    errno.EDQUOT: "free some of your quota, or name a folder on another disk",
-    errno.EFBIG: "the system limits the size of files here (ulimit -f): name another folder",
-    errno.EROFS: "the disk is read-only: name another folder",
-    errno.EACCES: "its folder may not be written by you: name another one",
-    errno.EPERM: "its folder may not be written by you: name another one",
-    errno.ENOTDIR: "a part of this path is a file: name another folder",
-    errno.EEXIST: "a part of this path is a file: name another folder",
-    errno.EIO: "the disk failed: name a folder on another one",
-}
-
 FLUSH = 64 << 20
 """Bytes after which a writer begins to bring them to the disk, so that little is left to do at the end."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)
@@ -221,104 +203,6 @@ class SafetensorsWriter:
         missing = next(self._expected, None)
         if kind is None and missing is not None:
             raise CheckpointError(f"tensor '{missing.name}' was announced but never written")
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Make sure that a disk can take what is about to be written.
-
-    Raises:
-        CheckpointError: ``needed`` bytes do not fit into what is free for this user.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise CheckpointError(
-            f"no space for it in {folder}: {needed:,} bytes are needed ({needed / 2**30:.2f} GiB), "
-            f"{free:,} are free ({free / 2**30:.2f} GiB)"
-        )
-
-
-@contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """Within, an error of the disk says what could not be written and what to do.
-
-    Raises:
-        CheckpointError: instead of such an OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        short = error.errno is None and "requested and" in str(error)  # numpy's tofile forgets the number
-        number = errno.ENOSPC if short else error.errno
-        if number not in REMEDIES:
-            raise
-        cause = str(error) if short else error.strerror
-        raise CheckpointError(f"{target} cannot be written ({cause}): {REMEDIES[number]}") from error
-
-
-@contextmanager
-def whole_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder that appears at ``target`` when everything in it is written, and not at all on an error.
-
-    Yields:
-        A temporary folder beside the target; it is renamed at the end.
-
-    Raises:
-        CheckpointError: the target exists, and ``overwrite`` was not asked for; or the disk is full or
-            cannot be written.
-    """
-    target = Path(target)
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} exists: name another folder, or overwrite it (--overwrite)")
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        try:
-            work.chmod(0o755)  # mkdtemp's 0700 would travel with the model
-            yield work
-            _replace_folder(target, work)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-
-
-def _replace_folder(target: Path, work: Path) -> None:
-    """Give ``work`` the name ``target``; what had it is deleted afterwards, or gets it back on an error."""
-    if not target.exists():
-        work.rename(target)
-        return
-    old = work.with_name(work.name.replace(".partial-", ".old-"))
-    target.rename(old)
-    try:
-        work.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be parsed.
-    """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return data
-
-
-def write_json(path: str | Path, data: dict[str, Any]) -> None:
-    """Write a JSON object, whole or not at all."""
-    path = Path(path)
-    work = path.with_name(f".{path.name}.partial")
-    work.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    work.replace(path)
 
 
 def _bytes(tensor: Tensor) -> bytes | memoryview:

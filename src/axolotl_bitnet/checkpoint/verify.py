@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..fingerprint import Fingerprint
+from .files import CheckpointError, read_json
 from .formats import open_checkpoint
 from .latent import LatentCheckpoint
 from .rest import compare_companions, compare_config, compare_tensors
 from .running import compare_running
 from .source import TernaryCheckpoint
-from .stream import CheckpointError, read_json
 from .verdict import Check, VerificationError, VerificationReport
 
 __all__ = ["RUN_FILE", "VerificationError", "VerificationReport", "compare", "verify_checkpoint"]

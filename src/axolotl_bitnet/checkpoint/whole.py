@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .stream import INDEX, SINGLE, CheckpointError, CheckpointReader, read_json
+from .files import CheckpointError, read_json
+from .stream import INDEX, SINGLE, CheckpointReader
 
 STATE = "trainer_state.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")

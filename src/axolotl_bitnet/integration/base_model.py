@@ -12,8 +12,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+from ..checkpoint.files import CheckpointError, read_json
 from ..checkpoint.source import is_dense
-from ..checkpoint.stream import CheckpointError, read_json
 from ..convert import CONFIG_KEY, ConversionError, plan_conversion
 from .exports import refuse_exports
 

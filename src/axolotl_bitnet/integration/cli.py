@@ -12,11 +12,11 @@ import click
 from rich.table import Table
 
 from ..checkpoint.artifacts import weight_bytes
+from ..checkpoint.files import CheckpointError
 from ..checkpoint.formats import FORMATS
 from ..checkpoint.inspect import Inspection
 from ..checkpoint.inspect import inspect as inspect_checkpoint
 from ..checkpoint.running import PROMPTS
-from ..checkpoint.stream import CheckpointError
 from ..checkpoint.verify import RUN_FILE, VerificationReport, verify_checkpoint
 from ..report import ReportError, write_report
 from .terminal import MISMATCH, BadInput, as_json, command, show, size

@@ -10,10 +10,10 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..checkpoint import gguf_llama as llama
+from ..checkpoint.files import CheckpointError
 from ..checkpoint.gguf_library import library
 from ..checkpoint.gguf_tokenizer import read_vocabulary
 from ..checkpoint.mlx import refuse_architecture
-from ..checkpoint.stream import CheckpointError
 from ..convert import ConversionError
 
 _ANY_SIZE = 1 << 20  # of a vocabulary: Axolotl may still add tokens, and resize the embedding

@@ -17,7 +17,8 @@ import torch
 from axolotl.integrations.base import BasePlugin
 
 from ..checkpoint.artifacts import set_aside
-from ..checkpoint.stream import CheckpointError, CheckpointReader
+from ..checkpoint.files import CheckpointError
+from ..checkpoint.stream import CheckpointReader
 from ..convert import CONFIG_KEY, convert_to_bitlinear
 from ..fingerprint import Fingerprint, fingerprint_model
 from ..preflight import preflight

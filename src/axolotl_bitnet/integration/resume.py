@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..checkpoint.artifacts import set_aside
-from ..checkpoint.stream import CheckpointError
+from ..checkpoint.files import CheckpointError
 from ..checkpoint.whole import checkpoints, forget, problems, trainer_state
 from .args import BitNetConfig
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..checkpoint.stream import write_json
+from ..checkpoint.files import write_json
 from ..report import ReportError, write_report
 from ..report.record import RUN_LOG, begun, now
 

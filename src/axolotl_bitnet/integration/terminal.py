@@ -21,8 +21,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ..checkpoint.files import CheckpointError
 from ..checkpoint.progress import Advance, listening
-from ..checkpoint.stream import CheckpointError
 from ..convert import ConversionError
 
 MISMATCH, BAD_INPUT, INTERRUPTED = 1, 2, 130

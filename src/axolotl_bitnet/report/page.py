@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.artifacts import REPORT
-from ..checkpoint.stream import whole_folder
+from ..checkpoint.files import whole_folder
 from .charts import Chart, Grid, Series, charts, grids, others
 from .facts import artifacts, facts, summary, tiles, verdict
 from .plots import COLOURS, png, show, svg

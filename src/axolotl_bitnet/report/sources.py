@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.stream import CheckpointError, read_json
+from ..checkpoint.files import CheckpointError, read_json
 from ..checkpoint.verify import RUN_FILE
 from ..checkpoint.whole import STATE, checkpoints
 from .record import RUN_LOG, redact

@@ -137,8 +137,9 @@ def observe(
     layers = {clean_name(n): module for n, module in model.named_modules() if isinstance(module, BitLinear)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no BitLinear layer to look at: convert it first")
+    sharded = _fsdp2()
     for module in model.modules():
-        if isinstance(module, _fsdp2()):
+        if isinstance(module, sharded):
             module.reshard()  # an evaluation leaves the root's weights gathered
     pieces = _pieces(model, layers)
     device = pieces[0].device

@@ -23,10 +23,10 @@ help: ## list the targets (the default)
 	@sed -n 's/^\([a-z-]*\):[a-z ]*## */\1	/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 test: ## run the tests on Python 3.11 with the oldest supported Axolotl
-	@$(call in,oldest) python -m pytest $(ARGS)
+	@$(call in,oldest) python -m pytest -m '' $(ARGS)
 
 test-latest: ## run the tests on Python 3.12 with the newest supported Axolotl
-	@$(call in,latest) python -m pytest $(ARGS)
+	@$(call in,latest) python -m pytest -m '' $(ARGS)
 
 lint: ## ruff (rules and format) on everything, mypy on the package
 	@$(call in,oldest) ruff check . && ruff format --check . && mypy

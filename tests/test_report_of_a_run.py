@@ -38,13 +38,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert (run / "report" / "index.html").is_file()
     (tmp_path / "empty").mkdir()
     result = _command(tmp_path / "empty")
-    assert result.exit_code == 1 and "holds no run" in result.output
+    assert result.exit_code == 2 and "holds no run" in result.output
 
 
 def test_the_command_without_matplotlib(tmp_path: Path, no_matplotlib: None) -> None:
     pytest.importorskip("axolotl")
     result = _command(reports.whole(tmp_path / "run", layers=1))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "a report needs matplotlib, which is not installed" in result.output
     assert "pip install 'axolotl-bitnet[report]'" in result.output and "Traceback" not in result.output
 

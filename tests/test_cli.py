@@ -207,6 +207,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["pack"], pytest.param(["gguf"], marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_nothing_behind(whole_run: Path, tmp_path: Path, words: list[str]) -> None:
     """A real SIGINT while the file is being written."""

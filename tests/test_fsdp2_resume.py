@@ -25,6 +25,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from axolotl_bitnet.checkpoint.whole import forget, problems
 from axolotl_bitnet.fingerprint import fingerprint_model
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAVED_AT = 6, 3
 MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # Accelerate's names
 

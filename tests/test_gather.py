@@ -23,6 +23,8 @@ from axolotl_bitnet.gathered_weight import GatheredWeight
 from axolotl_bitnet.ops import dequantized_weight, ternarize, transposed_codes
 from axolotl_bitnet.training.gather import GatherTernary, gather_ternary
 
+pytestmark = pytest.mark.slow
+
 TERNARY = 10  # layers of build()
 
 

@@ -22,6 +22,8 @@ from axolotl_bitnet.training.monitor import Observation, observe
 from axolotl_bitnet.training.observation import Unwatchable
 from axolotl_bitnet.training.start_codes import load_start, save_start
 
+pytestmark = pytest.mark.slow
+
 WORLD, STEPS = 2, 3
 
 

@@ -17,6 +17,8 @@ from axolotl_bitnet.gathered_weight import GatheredWeight
 from axolotl_bitnet.training.gather import GatherTernary, gather_ternary
 from axolotl_bitnet.training.ramp import RampSchedule, fully_ternary, set_ramp
 
+pytestmark = pytest.mark.slow
+
 WORLD, STEPS, RAMP = 2, 5, 3
 CASES = [("float32", False), ("float32", True), ("bfloat16", False)]
 

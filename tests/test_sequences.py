@@ -55,6 +55,7 @@ def test_packed_samples_do_not_see_one_another(tiny_model: Callable[..., nn.Modu
     assert (shifted - apart).norm() > 0.1 * apart.norm()  # as one sequence, they do
 
 
+@pytest.mark.slow
 def test_axolotl_trains_packed_samples(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": 1}
     keys |= {"attn_implementation": "sdpa", "sequence_len": 256, "reinit_weights": True}
@@ -123,6 +124,7 @@ def context_parallel_process(rank: int, store: str, ids: torch.Tensor, out: str)
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_rows_shared_by_two_processes(tmp_path: Path) -> None:
     """Context parallelism, keys and values gathered instead of passed round a ring: the same gradients."""
     ids = torch.randint(64, (2, 25))

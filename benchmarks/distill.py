@@ -150,7 +150,7 @@ def main() -> None:
     rows = read_csv(args.out) if args.out.exists() else []
     known = {row["run"] for row in rows if row["step"] == "held out"}
     for name, folder, ternary in finals:
-        if name not in known and (folder / "config.json").exists():
+        if name not in known and list(folder.glob("*.safetensors")):  # else it was cut off
             loss = held_out_loss(folder, batches, ternary)
             print(name, loss, flush=True)
             append(args.out, dict.fromkeys(COLUMNS, "") | dict(run=name, step="held out", eval_loss=loss))

@@ -118,6 +118,21 @@ def test_every_writer(whole_run: Path, tmp_path: Path, name: str, words: list[st
         assert _call("verify", tmp_path / "restored", "--against", target, "--no-run")[0] == 0
 
 
+@pytest.mark.skipif(not HAS_GGUF, reason="needs the gguf package")
+def test_embeddings_of_a_gguf_file(whole_run: Path, tmp_path: Path) -> None:
+    from axolotl_bitnet.checkpoint.gguf import EMBEDDINGS
+
+    sizes = {}
+    for kind in EMBEDDINGS:  # all that can be written can be asked for
+        outcome = _json("gguf", whole_run, tmp_path / f"{kind}.gguf", "--embeddings", kind, "--json")
+        sizes[kind] = outcome["bytes"]
+        code, output = _call("verify", tmp_path / f"{kind}.gguf", "--against", whole_run, "--no-run")
+        assert code == 0 and output.startswith("verified: 7 ternary layers"), output
+    assert sizes["q8_0"] < sizes["f16"] == sizes["bf16"]
+    code, output = _call("gguf", whole_run, tmp_path / "x.gguf", "--embeddings", "q6_k")
+    assert code == 2 and "q8_0" in output
+
+
 def test_verify_as_json(whole_run: Path, tmp_path: Path) -> None:
     outcome = _json("verify", whole_run / "packed", "--json", "-p", "Once", "--prompt", "Twice upon")
     assert outcome["ok"] is True and outcome["layers"] == 7

@@ -99,15 +99,25 @@ def pack(source: Path, target: Path, overwrite: bool, machine: bool) -> None:
     show_default=True,
     help="tq2_0: 2.06 bits a weight, quicker. tq1_0: 1.69 bits, smaller.",
 )
+@click.option(
+    "--embeddings",
+    type=click.Choice(["bf16", "f16", "q8_0"]),
+    default="bf16",
+    show_default=True,
+    help="Embedding and head. q8_0: 8.5 bits a weight, some 0.5 % off.",
+)
 @command
-def gguf(source: Path, target: Path, overwrite: bool, machine: bool, kind: str) -> None:
+def gguf(source: Path, target: Path, overwrite: bool, machine: bool, kind: str, embeddings: str) -> None:
     """Write SOURCE as the GGUF file TARGET, for llama.cpp.
 
     \b
     Example:
         axolotl bitnet gguf outputs/falcon-e-3b-sft falcon-e-3b-sft-TQ2_0.gguf --overwrite
+        axolotl bitnet gguf outputs/falcon-e-3b-sft small.gguf --type tq1_0 --embeddings q8_0
     """
-    FORMATS[f"gguf-{kind}"].write(source, target, overwrite)
+    from ..checkpoint.gguf import export_gguf
+
+    export_gguf(source, target, kind, overwrite, embeddings=embeddings)
     _wrote(f"gguf-{kind}", source, target, machine)
 
 

@@ -75,6 +75,7 @@ def plot_rates(rows: Rows, curves: Rows) -> None:
     lines(right, rows, "lm", "flips_start", [kind for kind in KINDS if kind[0] == "ternary"])
     right.set_ylabel("codes that differ from the start's")
     right.set_yscale("symlog", linthresh=1e-5)
+    right.set_ylim(-2e-6, 0.3)  # none flipped is a value, too
     save(figure, "study-rates.png")
 
 

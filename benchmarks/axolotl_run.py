@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import csv
 import gc
 import json
 import os
@@ -17,6 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from common import append_csv, read_csv
 
 COLUMNS = ("run", "step", "tokens", "loss", "eval_loss", "learning_rate", "seconds")
 OFFLINE = {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
@@ -35,8 +36,7 @@ def finished(out: Path) -> set[str]:
     """Names of the runs that reached their last evaluation."""
     if not out.exists():
         return set()
-    with out.open() as file:
-        return {row["run"] for row in csv.DictReader(file) if row["step"] == "end"}
+    return {row["run"] for row in read_csv(out) if row["step"] == "end"}
 
 
 def run_all(runs: list[Run], out: Path, work: Path, per_gpu: int, deadline: float) -> None:
@@ -74,17 +74,6 @@ def _start(run: Run, gpu: str, out: Path, work: Path) -> subprocess.Popen[bytes]
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
-def append(out: Path, row: dict[str, Any]) -> None:
-    """A row to the end of the file, in one write."""
-    new = not out.exists()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main(config: str, name: str, tokens: str, out: str) -> None:
     import torch
     from axolotl.cli.config import load_cfg
@@ -102,7 +91,8 @@ def main(config: str, name: str, tokens: str, out: str) -> None:
             if "loss" in row or "eval_loss" in row:
                 step = state.global_step
                 seconds = f"{time.monotonic() - began:.1f}"
-                append(Path(out), row | dict(run=name, step=step, tokens=step * int(tokens), seconds=seconds))
+                row |= dict(run=name, step=step, tokens=step * int(tokens), seconds=seconds)
+                append_csv(Path(out), COLUMNS, [row])
 
     settings = json.loads(Path(config).read_text())
     float32 = settings.pop("float32_weights", False)
@@ -127,7 +117,7 @@ def main(config: str, name: str, tokens: str, out: str) -> None:
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     print(f"peak {peak:.1f} GiB")
     last = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    append(Path(out), dict(run=name, step="end", eval_loss=last[-1] if last else ""))
+    append_csv(Path(out), COLUMNS, [dict(run=name, step="end", eval_loss=last[-1] if last else "")])
 
 
 if __name__ == "__main__":

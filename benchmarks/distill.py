@@ -20,8 +20,8 @@ from typing import Any
 import study_data
 import torch
 import yaml
-from axolotl_run import COLUMNS, Run, append, run_all
-from common import RESULTS, read_csv
+from axolotl_run import COLUMNS, Run, run_all
+from common import RESULTS, append_csv, read_csv
 from safetensors.torch import load_file
 from study_step import DEVICE, Flat, lm_loss, plain_token_losses
 from study_train import Setting, evaluate, train
@@ -153,7 +153,7 @@ def main() -> None:
         if name not in known and list(folder.glob("*.safetensors")):  # else it was cut off
             loss = held_out_loss(folder, batches, ternary)
             print(name, loss, flush=True)
-            append(args.out, dict.fromkeys(COLUMNS, "") | dict(run=name, step="held out", eval_loss=loss))
+            append_csv(args.out, COLUMNS, [dict(run=name, step="held out", eval_loss=loss)])
 
 
 if __name__ == "__main__":

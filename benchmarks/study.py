@@ -9,7 +9,6 @@ once, and a run whose row is there is not run again, so that an interrupted stud
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing as mp
 import os
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 import study_design as design
 import torch
-from common import RESULTS, read_csv
+from common import RESULTS, append_csv, read_csv
 from study_train import MODES, Setting
 
 RESULT_COLUMNS = (
@@ -153,17 +152,6 @@ class Study:
 
 def _short(values: dict[str, Any]) -> dict[str, Any]:
     return {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()}
-
-
-def append_csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    """Rows to the end of the file; a new file begins with the columns."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 @contextmanager

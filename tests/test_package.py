@@ -58,6 +58,14 @@ def test_public_names_are_few_and_there() -> None:
         axolotl_bitnet.nothing  # noqa: B018
 
 
+@pytest.mark.parametrize("module", ["cli", "args"])
+def test_what_only_reads_words_does_not_wait_for_transformers(module: str) -> None:
+    """The command line is loaded with every `axolotl` command, the config's rules with every config."""
+    code = f"import sys, axolotl_bitnet.integration.{module}; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def test_rooms_import_downwards_only() -> None:
     """Only integration/ imports axolotl; training/ and checkpoint/ know neither each other nor it."""
     forbidden = {

@@ -104,6 +104,14 @@ def unfinished_ramp(entry: Any) -> str | None:
     )
 
 
+def too_short(ramp_steps: int, max_steps: int) -> str:
+    """What is wrong with a run that ends before its ramp."""
+    return (
+        f"`bitnet.ramp_steps: {ramp_steps}` and a run of {max_steps} steps: it would end before the model is "
+        "ternary. Set ramp_steps lower (a tenth of the steps, say), or train for longer"
+    )
+
+
 def plan_conversion(model: nn.Module, skip_modules: Iterable[str] = ()) -> Plan:
     """Decide which linear layers become ternary, without touching the model (a meta-device model will do)."""
     patterns = list(skip_modules)

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..training.logs import log_through
-from ..training.monitor import Monitor
-from ..training.ramp import RampSchedule, log_ternary_loss, too_short
+from ..convert import too_short
 from .preference import has_reference
 
 if TYPE_CHECKING:
@@ -44,6 +42,10 @@ def ramp_refusals(cfg: Mapping[str, Any]) -> list[str]:
 
 def watch(cfg: Any, trainer: Any, options: BitNetConfig, resumed: Path | None) -> list[Any]:
     """The callbacks of a run's ramp and monitor; what they have to say goes into the trainer's log."""
+    from ..training.logs import log_through  # transformers: not where a config is only checked
+    from ..training.monitor import Monitor
+    from ..training.ramp import RampSchedule, log_ternary_loss
+
     callbacks: list[Any] = []
     if options.ramp_steps:
         callbacks.append(RampSchedule(options.ramp_steps))

@@ -26,7 +26,6 @@ _COMMANDS = {
         "vllm serve {path} --dtype bfloat16",
     ),
     "mlx": ("On a Mac, with MLX", 'mlx_lm.generate --model {path} --prompt "Hello"'),
-    "w8a8": ("With vLLM, in int8", "vllm serve {path}"),
 }
 
 

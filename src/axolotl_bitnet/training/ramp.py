@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..bitlinear import BitLinear
-from ..convert import CONFIG_KEY, RAMP_KEY
+from ..convert import CONFIG_KEY, RAMP_KEY, too_short
 
 
 def lambda_at(step: int, ramp_steps: int) -> float:
@@ -143,14 +143,6 @@ def log_ternary_loss(trainer: Any) -> None:
         return output
 
     trainer.evaluation_loop = evaluate_both
-
-
-def too_short(ramp_steps: int, max_steps: int) -> str:
-    """What is wrong with a run that ends before its ramp."""
-    return (
-        f"`bitnet.ramp_steps: {ramp_steps}` and a run of {max_steps} steps: it would end before the model is "
-        "ternary. Set ramp_steps lower (a tenth of the steps, say), or train for longer"
-    )
 
 
 def _layers(model: nn.Module) -> list[BitLinear]:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import stored
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from axolotl_bitnet import pack_checkpoint, restore_latents, revert_checkpoint
 from axolotl_bitnet.checkpoint import threads
+from axolotl_bitnet.checkpoint.formats import open_checkpoint
+from axolotl_bitnet.checkpoint.rest import compare_tensors
 from axolotl_bitnet.checkpoint.threads import one_thread, parallel_map, row_ranges
 
 
@@ -66,6 +73,48 @@ def test_a_thread_of_torch_each() -> None:
         with pytest.raises(ZeroDivisionError), one_thread():
             assert torch.get_num_threads() == 1
             raise ZeroDivisionError
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+
+
+class ThreadsOfEachOperation(TorchDispatchMode):
+    """What torch's own number of threads is whenever the test's thread computes something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(torch.get_num_threads())
+        return func(*args, **(kwargs or {}))
+
+
+def compare_with_itself(source: Path, _: Path) -> None:
+    compare_tensors(open_checkpoint(source), open_checkpoint(source))
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        pack_checkpoint,
+        revert_checkpoint,
+        restore_latents,
+        lambda source, _: open_checkpoint(source).fingerprint(),
+        compare_with_itself,
+    ],
+    ids=["pack", "revert", "restore", "fingerprint", "compare"],
+)
+def test_torch_has_no_pool_of_its_own(work: Callable[[Path, Path], Any], tmp_path: Path) -> None:
+    source = stored.by_hand(tmp_path / "source", {"up": torch.randn(8, 16), "down": torch.randn(16, 8)})
+    stored.edit(source, lambda tensors: tensors.update(norm=torch.ones(16)))
+    if work is restore_latents:
+        source = pack_checkpoint(source, tmp_path / "packed")
+    torch.set_num_threads(3)
+    try:
+        with ThreadsOfEachOperation() as operations:
+            work(source, tmp_path / "target")
+        assert operations.seen == {1}
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)

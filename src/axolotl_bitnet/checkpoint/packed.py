@@ -23,9 +23,10 @@ from .latent import copy_companions
 from .shapes import require_shapes
 from .source import TernaryCheckpoint, read_plan
 from .stream import SINGLE, CheckpointReader, Entry, SafetensorsWriter
-from .threads import BLOCK, parallel_map, row_ranges
+from .threads import BLOCK, one_thread, parallel_map, row_ranges
 
 
+@one_thread()
 def pack_checkpoint(
     src: str | Path,
     dst: str | Path,

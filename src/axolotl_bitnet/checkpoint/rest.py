@@ -16,12 +16,14 @@ from .gguf_reader import GGUFCheckpoint
 from .latent import COMPANIONS, MORE_TEMPLATES
 from .progress import begin
 from .source import TernaryCheckpoint
+from .threads import one_thread
 from .verdict import Check
 
 _OF_STORAGE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 """Keys of a config that say how a model is stored, or by whom, not what it is."""
 
 
+@one_thread()
 def compare_tensors(artifact: TernaryCheckpoint, reference: TernaryCheckpoint) -> Check:
     """Tensor by tensor, bit for bit after the rounding that the artifact's format states."""
     ternary = set(artifact.keys.values()) | set(reference.keys.values())

@@ -16,7 +16,7 @@ from ..fingerprint import Fingerprint, TensorFingerprint, digest_rows, merge_dig
 from .files import CheckpointError
 from .progress import begin
 from .stream import Entry
-from .threads import parallel_map, row_ranges
+from .threads import one_thread, parallel_map, row_ranges
 
 FORMAT = "format"
 """Beside the list of ternary layers in config.json: how they are stored, where nothing else says it."""
@@ -74,6 +74,7 @@ class TernaryCheckpoint(ABC):
         """What :meth:`tensor` reads when ``tensor``, which is not ternary, was written in this format."""
         return tensor.to(self.entries[key].dtype)
 
+    @one_thread()
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of the codes and scales, read from what is stored."""
         advance = begin("reading codes", sum(self.entries[key].nbytes for key in self.keys.values()))

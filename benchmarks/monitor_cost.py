@@ -1,8 +1,9 @@
 """What a look of the monitor adds to a training step, were every step logged.
 
 Steps with and without a look in turn, in one run: medians of the wall clock from one synchronization to the
-next (a Trainer that logs a step reads its loss, too). ``share`` is what one look adds to one step; divide it
-by `logging_steps`. ``codes_mib`` is what the looks keep in memory.
+next. A step is what the Trainer makes of one that it logs: after each backward pass it asks whether the loss
+is a number, then come the optimizer's step, the callbacks, and at last the loss is read. ``share`` is what
+one look adds to one step; divide it by `logging_steps`. ``codes_mib`` is what the looks keep in memory.
 
     python benchmarks/monitor_cost.py --out benchmarks/results/monitor_cost.csv
     python benchmarks/monitor_cost.py --dry-run      # a tiny model on the CPU: does it run?
@@ -36,37 +37,49 @@ def tiny() -> nn.Module:
     return model.train()
 
 
-def training_step(model: nn.Module, sequences: int, tokens: int, micro_batches: int) -> Callable[[], None]:
-    """A step that ends with what the Trainer does at a log: the loss is read."""
+Look = Callable[[], None]
+
+
+def training_step(
+    model: nn.Module, sequences: int, tokens: int, micro_batches: int
+) -> Callable[[Look | None], None]:
+    """A step as the Trainer makes and logs it, with a look where it calls its callbacks."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     weight = next(model.parameters())
     ids = torch.randint(32768, (sequences, tokens), device=weight.device)
 
-    def step() -> None:
+    def step(look: Look | None) -> None:
         with weights_stand_still():
             for _ in range(micro_batches):
                 autocast = weight.is_cuda and weight.dtype == torch.float32
                 with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
                     loss = model(ids).last_hidden_state.float().square().mean()
                 loss.backward()
+                if loss.isnan() or loss.isinf():
+                    raise FloatingPointError("the loss is not a number")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if look is not None:
+            look()
         loss.item()
 
     return step
 
 
-def measure(model: nn.Module, step: Callable[[], None], repeats: int) -> dict[str, Any]:
+def measure(model: nn.Module, step: Callable[[Look | None], None], repeats: int) -> dict[str, Any]:
     """Medians over ``repeats`` steps of each kind, in milliseconds."""
     seen = observe(model, None, 1e-5)
     times: dict[bool, list[float]] = {False: [], True: []}
+
+    def look() -> None:
+        nonlocal seen
+        seen = observe(model, seen, 1e-5)
+        seen.metrics()
+
     for turn in range(2 * repeats + 4):
         looks = turn % 2 == 1
         begin = time.perf_counter()
-        step()
-        if looks:
-            seen = observe(model, seen, 1e-5)
-            seen.metrics()
+        step(look if looks else None)
         if turn >= 4:
             times[looks].append(1000 * (time.perf_counter() - begin))
     without, with_look = statistics.median(times[False]), statistics.median(times[True])

@@ -18,10 +18,11 @@ from axolotl_bitnet import plain
 from axolotl_bitnet.bitlinear import BitLinear
 from axolotl_bitnet.convert import convert_to_bitlinear
 from axolotl_bitnet.training import monitor as monitor_module
-from axolotl_bitnet.training import observation as observation_module
+from axolotl_bitnet.training import sample
 from axolotl_bitnet.training.logs import log_through
 from axolotl_bitnet.training.monitor import MONITOR_FILE, Monitor
-from axolotl_bitnet.training.observation import Observation, Unwatchable, observe, unmoved_above
+from axolotl_bitnet.training.observation import Observation, observe, unmoved_above
+from axolotl_bitnet.training.sample import Unwatchable
 
 Model = Callable[..., nn.Module]
 
@@ -94,7 +95,7 @@ def test_looking_changes_nothing(tiny_model: Model) -> None:
 
 
 def test_of_larger_models_a_sample_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observation_module, "ELEMENTS", 3 * 5000)
+    monkeypatch.setattr(sample, "ELEMENTS", 3 * 5000)
     model = model_of(wide=(96, 640), tall=(640, 96), small=(40, 24))
     seen, before = observe(model), codes_of(model)
     assert sum(codes.numel() for codes in seen.codes) <= 15000
@@ -110,10 +111,10 @@ def test_of_larger_models_a_sample_is_counted(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_sample_visits_all_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observation_module, "ELEMENTS", 2048)
+    monkeypatch.setattr(sample, "ELEMENTS", 2048)
     model = model_of(only=(256, 64))
     model["only"].weight.data = torch.arange(64.0).repeat(256, 1)
-    (piece,) = observation_module._pieces(model, dict(only=model["only"]))
+    (piece,) = sample.pieces_of(model, dict(only=model["only"]))
     assert piece.elements.unique().numel() == 64 and 1000 < piece.elements.numel() <= 2048
 
 

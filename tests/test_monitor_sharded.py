@@ -16,10 +16,10 @@ from test_fsdp2 import batch, build
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 
-from axolotl_bitnet.training import observation as observation_module
+from axolotl_bitnet.training import sample
 from axolotl_bitnet.training.gather import gather_ternary
 from axolotl_bitnet.training.monitor import Observation, observe
-from axolotl_bitnet.training.observation import Unwatchable
+from axolotl_bitnet.training.sample import Unwatchable
 from axolotl_bitnet.training.start_codes import load_start, save_start
 
 pytestmark = pytest.mark.slow
@@ -72,11 +72,11 @@ def as_data(seen: Observation) -> dict[str, Any]:
 
 def sampled() -> Any:
     """Of every matrix some elements, on each rank; all ranks get one result."""
-    limit, observation_module.ELEMENTS = observation_module.ELEMENTS, 10 * 200
+    limit, sample.ELEMENTS = sample.ELEMENTS, 10 * 200
     try:
         return watch(fsdp2())
     finally:
-        observation_module.ELEMENTS = limit
+        sample.ELEMENTS = limit
 
 
 def resumed(folder: str) -> Any:

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..bitlinear import BitLinear
-from .observation import Observation, Unwatchable, observe
+from .observation import Observation, observe
+from .sample import Unwatchable
 from .start_codes import load_start, save_start
 
 __all__ = ["MONITOR_FILE", "Monitor", "Observation", "observe"]

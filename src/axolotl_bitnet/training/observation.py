@@ -1,12 +1,8 @@
 """What the ternary codes of a model do while it trains: how many flip, flip back, are zero; where scales go.
 
-Exact counts would read every latent at every log, which costs more than a training step can spare. So of each
-matrix the same elements are looked at each time: all of a small one, else every n-th (n has no factor in
-common with the length of a row, so that all columns come up). Their absmean stands for the matrix's, their
-codes for its codes; shares over the model weigh matrices by their size. Held in memory are three bytes an
-element looked at: its codes at the start and at the last two looks.
-
-A sharded matrix is looked at by each rank where its shard is, and the sums are added over the ranks.
+Of each matrix the same elements are looked at each time (:mod:`axolotl_bitnet.training.sample`). Their
+absmean stands for the matrix's, their codes for its codes; shares over the model weigh matrices by size.
+Held in memory are three bytes an element looked at: its codes at the start and at the last two looks.
 """
 
 from __future__ import annotations
@@ -17,20 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..bitlinear import BitLinear
 from ..fingerprint import clean_name
-from ..sharding import fsdp1_unit_of
 from ..ternary import absmean, codes_of
-
-ELEMENTS = 2**23
-"""Elements looked at in a model, at most. Each matrix has an equal part, whether it needs it or not."""
-
-
-class Unwatchable(RuntimeError):
-    """The latents are nowhere to be looked at; the message says why."""
+from .sample import add_shards, batches_of, fsdp2_class, pieces_of
 
 
 @dataclass(frozen=True)
@@ -137,29 +125,29 @@ def observe(
     layers = {clean_name(n): module for n, module in model.named_modules() if isinstance(module, BitLinear)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no BitLinear layer to look at: convert it first")
-    sharded = _fsdp2()
+    sharded = fsdp2_class()
     for module in model.modules():
         if isinstance(module, sharded):
             module.reshard()  # an evaluation leaves the root's weights gathered
-    pieces = _pieces(model, layers)
+    pieces = pieces_of(model, layers)
     device = pieces[0].device
     numels = [float(layer.out_features * layer.in_features) for layer in layers.values()]
-    sizes = torch.tensor(numels, dtype=torch.float64, device=device)
-    factors = torch.tensor([piece.stands_for for piece in pieces], dtype=torch.float64, device=device)
+    sizes = _on(device, numels, torch.float64)
+    factors = _on(device, [piece.stands_for for piece in pieces], torch.float64)
+    limits = _on(
+        device, [_limit(layer.weight, learning_rate, precision) for layer in layers.values()], torch.float32
+    )
 
-    batches = _batches(pieces)
-    rows = [torch.tensor(indices, device=device) for indices in batches]
+    batches = batches_of(pieces)
+    rows = [_on(device, indices, torch.int64) for indices in batches]
     latents = [torch.stack([pieces[i].elements for i in batch]).to(device) for batch in batches]
     sums = torch.zeros_like(sizes)
     for index, w in zip(rows, latents, strict=True):
         sums[index] = w.to(torch.bfloat16).abs().sum(1, dtype=torch.float64) * factors[index]
-    g = absmean(_add_shards(sums, pieces), sizes)
+    g = absmean(add_shards(sums, pieces), sizes)
 
     codes = [codes_of(w, g[index, None]) for index, w in zip(rows, latents, strict=True)]
     before, earlier, start = _history(previous, codes)
-    limits = torch.tensor(
-        [_limit(layer.weight, learning_rate, precision) for layer in layers.values()], device=device
-    )
     counts = torch.zeros(len(pieces), 5, dtype=torch.float64, device=device)
     for i, (index, now, w) in enumerate(zip(rows, codes, latents, strict=True)):
         flipped = now != before[i]
@@ -167,7 +155,7 @@ def observe(
         still = w.to(torch.float32).abs() >= limits[index, None]
         masks = (now == 0, flipped, now != start[i], back, still)
         counts[index] = torch.stack([mask.sum(1) for mask in masks], 1) * factors[index, None]
-    shares = _add_shards(counts, pieces) / sizes[:, None]
+    shares = add_shards(counts, pieces) / sizes[:, None]
     if learning_rate is None:
         shares[:, 4] = math.nan
 
@@ -192,90 +180,6 @@ def unmoved_above(dtype: torch.dtype, learning_rate: float) -> float:
     return 2.0 ** (math.floor(math.log2(learning_rate) + mantissa + 1) + 1)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """What this rank looks at of a matrix.
-
-    Attributes:
-        elements: (count,), a view of this rank's shard.
-        stands_for: how many elements of the shard each of them stands for.
-        groups: the process groups that the matrix is sharded over.
-        device: where to compute.
-    """
-
-    elements: Tensor
-    stands_for: float
-    groups: tuple[dist.ProcessGroup, ...]
-    device: torch.device
-
-
-def _pieces(model: nn.Module, layers: Mapping[str, BitLinear]) -> list[_Piece]:
-    most = max(ELEMENTS // len(layers), 1)
-    unit_of = fsdp1_unit_of(model)
-    pieces = []
-    for name, layer in layers.items():
-        local, groups, device = _shard(name, layer.weight, unit_of(layer))
-        ranks = math.prod(group.size() for group in groups)
-        numel = local.numel()
-        step = max(-(-numel * ranks // most), 1)
-        while math.gcd(step, layer.in_features) > 1:
-            step += 1
-        count = -(-numel // step)
-        elements = local.contiguous().as_strided((count,), (step,))
-        pieces.append(_Piece(elements, numel / count if count else 0.0, groups, device))
-    return pieces
-
-
-def _shard(name: str, weight: Any, unit: Any) -> tuple[Tensor, tuple[dist.ProcessGroup, ...], torch.device]:
-    """This rank's part of a weight, the groups over which the parts are spread, and the device."""
-    if hasattr(weight, "ds_id"):
-        raise Unwatchable("ZeRO-3 takes weights apart, and would have to gather all of them to look at them")
-    if hasattr(weight, "device_mesh"):
-        mesh = weight.device_mesh
-        dims = [dim for dim, placement in enumerate(weight.placements) if placement.is_shard()]
-        groups = tuple(mesh.get_group(dim) for dim in dims)
-        local = weight._local_tensor
-        device = local.device
-        if device.type != mesh.device_type:  # offloaded
-            device = torch.device(
-                mesh.device_type, torch.get_device_module(mesh.device_type).current_device()
-            )
-        return local, groups, device
-    if unit is not None:
-        if not isinstance(weight, nn.Parameter):
-            raise Unwatchable(
-                "FSDP1 flattens weights (use_orig_params: false) and keeps none of their shapes"
-            )
-        if weight.dim() == 1:
-            return weight.detach(), (unit.process_group,), weight.device
-    return weight.detach(), (), weight.device
-
-
-def _batches(pieces: list[_Piece]) -> list[list[int]]:
-    """Indices of pieces that fit into one tensor."""
-    found: dict[Any, list[int]] = {}
-    for index, piece in enumerate(pieces):
-        elements = piece.elements
-        if elements.numel():
-            key = (elements.numel(), elements.dtype, elements.device)
-            found.setdefault(key, []).append(index)
-    return list(found.values())
-
-
-def _add_shards(values: Tensor, pieces: list[_Piece]) -> Tensor:
-    """Add up rows of ``values`` (a matrix each) over the ranks that hold parts of that matrix."""
-    rows: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
-    for index, piece in enumerate(pieces):
-        rows.setdefault(piece.groups, []).append(index)
-    rows.pop((), None)  # whole, here
-    for groups, indices in rows.items():
-        part = values[indices]
-        for group in groups:
-            dist.all_reduce(part, group=group)
-        values[indices] = part
-    return values
-
-
 def _history(
     previous: Observation | None, codes: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -296,9 +200,6 @@ def _limit(
     return unmoved_above(precision or weight.dtype, rate)
 
 
-def _fsdp2() -> Any:
-    if not dist.is_available():
-        return ()
-    from torch.distributed.fsdp import FSDPModule
-
-    return FSDPModule
+def _on(device: torch.device, values: list[Any], dtype: torch.dtype) -> Tensor:
+    """Numbers on a device, without waiting for what it computes: a look begins while a step still runs."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

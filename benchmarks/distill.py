@@ -1,4 +1,5 @@
-"""A ternary student with and without its dense original as a teacher, by Axolotl, on the same tokens.
+"""A ternary student with and without its dense original as a teacher, with and without a ramp, by Axolotl, on
+the same tokens.
 
 The teacher is a dense model fine-tuned on the task (continuing a passage of the text); its weights are the
 students' latents. The last tenth of the text is held out; everyone's loss on it is the plain one, on the
@@ -71,9 +72,9 @@ def students(args: argparse.Namespace, teacher: Path, conversations: Path, taugh
         "field_messages": "messages",
     }
     runs = []
-    for rate in args.rates:
+    for rate, ramp in ((1e-3, 0.0), (1e-3, 0.1), (5e-4, 0.0)):
         for taught_by in (True, False):
-            name = f"{'with' if taught_by else 'without'}-teacher-{rate:g}"
+            name = f"{'with' if taught_by else 'without'}-teacher-{rate:g}{'-ramp' if ramp else ''}"
             settings = yaml.safe_load((RECIPES / "distill.yaml").read_text(encoding="utf-8"))
             settings["datasets"][0]["path"] = str(taught)
             if not taught_by:
@@ -81,6 +82,7 @@ def students(args: argparse.Namespace, teacher: Path, conversations: Path, taugh
                 settings["plugins"] = settings["plugins"][:1]
                 settings = {key: value for key, value in settings.items() if not key.startswith("kd_")}
             length = 512 if args.small else 2048
+            settings["bitnet"]["ramp_steps"] = int(ramp * args.steps)
             settings |= {
                 "base_model": str(teacher),
                 "output_dir": str(args.work / name),
@@ -119,7 +121,6 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--steps", type=int, default=200, help="of 8,192 tokens")
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4])
     parser.add_argument("--teacher-steps", type=int, default=200)
     parser.add_argument("--teacher-lr", type=float, default=1e-4)
     parser.add_argument("--top-k", type=int, default=16)

@@ -24,18 +24,18 @@ PRETRAIN = (  # kind, effective rate; what matters most first
     ("ternary", 1e-3),
     ("dense-float32", 1e-3),
     ("dense-bfloat16", 1e-3),
+    ("ternary-ramp", 1e-3),
     ("ternary", 2e-3),
     ("dense-float32", 2e-3),
     ("ternary", 4e-3),
 )
-CPT = (
-    ("ternary", 5e-4),
-    ("dense-float32", 2e-4),
-    ("ternary-ramp", 5e-4),
-    ("dense-bfloat16", 2e-4),
+CPT = (  # the study's best rates of each
     ("ternary", 1e-3),
     ("ternary-ramp", 1e-3),
-    ("dense-float32", 5e-4),
+    ("dense-float32", 5e-5),
+    ("dense-bfloat16", 5e-5),
+    ("ternary-ramp", 5e-4),
+    ("ternary", 5e-4),
 )
 DOCUMENT = 100_000  # characters
 
@@ -101,8 +101,8 @@ def main() -> None:
     runs = []
     on_cpu = {"bf16": False, "optimizer": "adamw_torch"} if args.small else {}
     for task, recipe, plan, steps in (
-        ("pretrain", "pretrain-tiny.yaml", PRETRAIN, args.pretrain_steps),
         ("cpt", "cpt.yaml", CPT, args.cpt_steps),
+        ("pretrain", "pretrain-tiny.yaml", PRETRAIN, args.pretrain_steps),
     ):
         if args.only not in (None, task) or (task == "cpt" and args.base is None):
             continue

@@ -43,7 +43,8 @@ def run_all(runs: list[Run], out: Path, work: Path, per_gpu: int, deadline: floa
     """All runs that are not finished, over the GPUs that there are (on the CPU, one at a time)."""
     import torch
 
-    gpus = [str(gpu) for gpu in range(torch.cuda.device_count())] or [""]
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = seen.split(",") if seen else [str(gpu) for gpu in range(torch.cuda.device_count())] or [""]
     free = gpus * per_gpu
     queue = [run for run in runs if run.name not in finished(out)]
     busy: dict[subprocess.Popen[bytes], str] = {}

@@ -160,6 +160,46 @@ def test_change_is_the_relative_error_by_hand(oracle) -> None:
     assert inspect(model_of(**weights)).change == pytest.approx(sum(expected) / 3, rel=1e-5)
 
 
+# Large matrices
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32 x 48 elements, rows 0 and 31 are measured."""
+    monkeypatch.setattr("axolotl_bitnet.preflight.SAMPLE", 50)
+
+
+def test_every_nth_row_is_measured(few_rows: None) -> None:
+    weight = latents()
+    rows = weight[::31]
+    expected = (rows - dequantize(*ternarize(rows))).norm() / rows.norm()
+    assert inspect(model_of(proj=weight)).change == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("row", [0, 17, 31])
+def test_one_other_magnitude_in_any_row_makes_it_latent(few_rows: None, row: int) -> None:
+    weight = random_codes().float() * 0.02
+    assert inspect(model_of(proj=weight)).rescaled == ["proj"]
+    weight[row, 5] = 0.01
+    model = model_of(proj=weight)
+    assert inspect(model).rescaled == []
+    assert torch.equal(model["proj"].weight, weight)
+
+
+def test_rows_of_zeros_are_no_measure(few_rows: None) -> None:
+    weight = torch.randn(32, 48)
+    weight[::31] = 0
+    expected = (weight - dequantize(*ternarize(weight))).norm() / weight.norm()
+    assert inspect(model_of(proj=weight)).change == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_in_any_row_are_named(few_rows: None, bad: float) -> None:
+    weight = latents()
+    weight[17, 5] = bad
+    assert inspect(model_of(proj=weight)).broken == ["proj"]
+
+
 # Warnings
 
 

@@ -17,6 +17,7 @@ from reports import Page, loads, page_of
 from axolotl_bitnet.report import ReportError, write_report
 from axolotl_bitnet.report import page as page_module
 from axolotl_bitnet.report.charts import charts, grids
+from axolotl_bitnet.report.plots import _LIGHT, _curves
 from axolotl_bitnet.report.record import HIDDEN, redact
 from axolotl_bitnet.report.sources import Layer, read_run, row_and_column
 
@@ -48,6 +49,49 @@ def test_a_whole_run(tmp_path: Path) -> None:
     ):
         assert words in page.text, words
     assert "What is missing" not in page.text
+
+
+COMPLETION = {"datasets": [{"path": "text.jsonl", "type": "completion"}]}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, "supervised fine-tuning of org/base"),
+        ({"datasets": [*COMPLETION["datasets"], {"type": "chat_template"}]}, "supervised fine-tuning of"),
+        ({"datasets": "text.jsonl"}, "supervised fine-tuning of org/base"),
+        ({"rl": "dpo"}, "DPO of org/base"),
+        (COMPLETION, "continued pretraining of org/base"),
+        ({"pretraining_dataset": [{"path": "text"}]}, "continued pretraining of org/base"),
+        (COMPLETION | {"reinit_weights": True}, "pretraining of random weights of the shape of org/base"),
+    ],
+)
+def test_how_it_was_trained(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    run = reports.record([{"step": 1, "loss": 1.0}], config={"base_model": "org/base"} | config)
+    assert f"{words} " in page_of(reports.write(tmp_path / "run", run=run)).text
+
+
+@pytest.mark.parametrize(("ternary", "shown"), [(2.75, True), (2.5, False), (None, False)])
+def test_ternary_loss_is_shown_where_it_is_another(
+    tmp_path: Path, ternary: float | None, shown: bool
+) -> None:
+    entry = {"step": 1, "eval_loss": 2.5} | ({} if ternary is None else {"eval_ternary_loss": ternary})
+    page = page_of(reports.write(tmp_path / "run", run=reports.record([entry])))
+    assert ("ternary evaluation loss" in page.text) == shown
+    assert "evaluation loss 2.5" in page.text
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001, 1.5])
+def test_rounding_does_not_fill_an_axis(tmp_path: Path, factor: float) -> None:
+    zeros = [0.32 if step % 2 else 0.32 * factor for step in range(6)]
+    run = reports.record([{"step": 1 + i, "loss": 1.0, "bitnet/zeros": z} for i, z in enumerate(zeros)])
+    (chart,) = (
+        one for one in charts(read_run(reports.write(tmp_path / "run", run=run))) if one.slug == "zeros"
+    )
+    figure = _curves(chart, _LIGHT, legend=False)
+    low, high = figure.axes[0].get_ylim()
+    assert low < 0.32 and high > 0.32 * factor
+    assert high - low == pytest.approx(max(0.05 * 0.32 * factor, 0.32 * (factor - 1)), rel=0.2)
 
 
 def test_it_loads_nothing_and_is_accessible(tmp_path: Path) -> None:

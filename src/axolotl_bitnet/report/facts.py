@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -76,13 +77,10 @@ def _artifact(
 def summary(run: Run) -> str:
     """One line under the title: what was trained how, on what, when."""
     config = run.config
-    method = str(config["rl"]).upper() if config.get("rl") else "supervised fine-tuning"
-    if config.get("pretraining_dataset"):
-        method = "pretraining"
     parts = []
     if config.get("base_model"):
         start = "random weights of the shape of " if config.get("reinit_weights") else ""
-        parts.append(f"{method} of {start}{config['base_model']}")
+        parts.append(f"{_method(config)} of {start}{config['base_model']}")
     if run.record.get("machine"):
         parts.append(f"on {run.record['machine']}")
     line = " ".join(parts)
@@ -93,12 +91,23 @@ def summary(run: Run) -> str:
     return line.strip(" ·")
 
 
+def _method(config: Mapping[str, Any]) -> str:
+    if config.get("rl"):
+        return str(config["rl"]).upper()
+    data = config.get("datasets")
+    kinds = [entry.get("type") for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
+    if config.get("pretraining_dataset") or (kinds and all(kind == "completion" for kind in kinds)):
+        return "pretraining" if config.get("reinit_weights") else "continued pretraining"
+    return "supervised fine-tuning"
+
+
 def tiles(run: Run) -> list[tuple[str, str]]:
     """The figures people look for first: (what, value)."""
+    loss, ternary = _last(run, "eval_loss"), _last(run, "eval_ternary_loss")
     found: list[tuple[str, str | None]] = [
         ("training loss", _last(run, "loss")),
-        ("evaluation loss", _last(run, "eval_loss")),
-        ("ternary evaluation loss", _last(run, "eval_ternary_loss")),
+        ("evaluation loss", loss),
+        ("ternary evaluation loss", ternary if ternary != loss else None),
         ("reward margin", _last(run, "rewards/margins")),
         ("pairs ranked right", _last(run, "rewards/accuracies", "%")),
         ("mean reward", _last(run, "reward")),

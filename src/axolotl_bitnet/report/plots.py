@@ -50,6 +50,7 @@ _LESS = (  # of what matplotlib writes
     (r"\s*\n\s*", " "),
 )
 _SPAN = 0.05  # of a grid's colours, at least
+_HEIGHT = 0.05  # of a curve's largest value, that its axis spans at least
 _WIDTH = 4.7  # inches: a phone's width, so that text is as large as around it
 
 
@@ -122,6 +123,11 @@ def _curves(chart: Chart, colours: dict[str, str], legend: bool) -> Figure:
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.margins(y=0.08)
+        values = [value for line in chart.series for value in line.values]
+        low, high = min(values, default=0.0), max(values, default=0.0)
+        missing = _HEIGHT * max(abs(low), abs(high)) - (high - low)
+        if missing > 0:  # digits of rounding are no course
+            axes.set_ylim(low - missing / 2, high + missing / 2)
         axes.yaxis.set_major_formatter(
             PercentFormatter(1, symbol=" %") if chart.unit == "%" else ScalarFormatter(useOffset=False)
         )

@@ -204,7 +204,7 @@ def main() -> None:
         for kind in args.kinds:
             place = {key: str(value) for key, value in _place(args, gpus, kind).items()}
             if any(place.items() <= {k: str(v) for k, v in row.items()}.items() for row in rows):
-                continue
+                continue  # a row with an error was cut off, or failed: delete it to try again
             rows.append(measure(args, folder, gpus, kind))
             print(rows[-1], flush=True)
             write_csv(args.out, rows)

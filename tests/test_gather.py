@@ -211,6 +211,8 @@ CASES: dict[str, tuple[int, Callable[[], Any]]] = {  # name: processes, what the
     "four ranks, one without a row of the last layer": (4, either),
     "two replicas of two shards": (4, replicas),
     "what four ranks gather": (4, gathered),
+    "eight ranks, most without a row of the last layer": (8, either),
+    "two replicas of four shards": (8, replicas),
 }
 
 

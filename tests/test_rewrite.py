@@ -15,7 +15,7 @@ import axolotl_bitnet
 from axolotl_bitnet.checkpoint.files import CheckpointError, write_json
 from axolotl_bitnet.checkpoint.formats import open_checkpoint
 from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.rewrite import Layout, rewrite
+from axolotl_bitnet.checkpoint.rewrite import WholeMatrices, rewrite
 from axolotl_bitnet.checkpoint.stream import SINGLE, Entry, SafetensorsWriter
 from axolotl_bitnet.convert import CONFIG_KEY
 
@@ -83,7 +83,7 @@ def test_writing_needs_little_memory(large: Path, tmp_path: Path, module: str) -
     )
 
 
-class Wrong(Layout):
+class Wrong(WholeMatrices):
     """Announces one tensor, and writes none."""
 
     def entries(self, weight: Entry) -> list[Entry]:
@@ -97,4 +97,16 @@ def test_a_layout_that_cannot(tmp_path: Path) -> None:
     source = open_checkpoint(by_hand(tmp_path / "latents", {"a": torch.randn(4, 4)}))
     with pytest.raises(CheckpointError, match=r"latents: 'a\.weight': no room for it"):
         rewrite(source, tmp_path / "out", Wrong(), source.config)
+    assert [path.name for path in tmp_path.iterdir()] == ["latents"]
+
+
+class TooNarrow(Wrong):
+    def entries(self, weight: Entry) -> list[Entry]:
+        raise ValueError(f"has {weight.shape[1]} columns, and that is too few")
+
+
+def test_a_weight_that_no_layout_holds_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = open_checkpoint(by_hand(tmp_path / "latents", {"a": torch.randn(4, 4)}))
+    with pytest.raises(CheckpointError, match=r"latents: 'a\.weight' has 4 columns, and that is too few"):
+        rewrite(source, tmp_path / "out", TooNarrow(), source.config)
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]

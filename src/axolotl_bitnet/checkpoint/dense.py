@@ -18,7 +18,7 @@ from ..convert import CONFIG_KEY, Plan
 from ..ternary import EPSILON, scale_of
 from .files import CheckpointError, read_json
 from .packed import in_bfloat16, with_rope_theta
-from .rewrite import Layout, rewrite
+from .rewrite import WholeMatrices, rewrite
 from .source import DENSE, FORMAT, TernaryCheckpoint, read_plan
 from .stream import CheckpointReader, Entry
 
@@ -75,7 +75,7 @@ _ZERO_SCALE = scale_of(torch.tensor(EPSILON))
 """The scale of a matrix whose codes are all zero: the definition has no other for it."""
 
 
-class _DenseLayout(Layout):
+class _DenseLayout(WholeMatrices):
     def entries(self, weight: Entry) -> list[Entry]:
         return [Entry(weight.name, torch.bfloat16, weight.shape)]
 

@@ -19,7 +19,7 @@ from ..ternary import scale_of
 from .dense import magnitude_of, read_signs
 from .files import CheckpointError, read_json
 from .packed import in_bfloat16, with_rope_theta
-from .rewrite import Layout, rewrite
+from .rewrite import WholeMatrices, rewrite
 from .source import TernaryCheckpoint, read_plan
 from .stream import CheckpointReader, Entry
 
@@ -92,7 +92,7 @@ def unpack_words(words: Tensor) -> Tensor:
     return codes.sub_(1)
 
 
-class _MLXLayout(Layout):
+class _MLXLayout(WholeMatrices):
     def entries(self, weight: Entry) -> list[Entry]:
         rows, columns = weight.shape
         size = group_size(columns)

@@ -18,15 +18,13 @@ from torch import Tensor
 from ..convert import Plan
 from ..ops import pack_codes, unpack_codes
 from ..plain import ROWS_PER_BYTE
-from .files import CheckpointError, read_json, whole_folder, write_json
-from .latent import copy_companions
-from .shapes import require_shapes
+from .files import CheckpointError, read_json
+from .rewrite import Layout, require_scale, rewrite
 from .source import TernaryCheckpoint, read_plan
-from .stream import SINGLE, CheckpointReader, Entry, SafetensorsWriter
-from .threads import BLOCK, one_thread, parallel_map, row_ranges
+from .stream import CheckpointReader, Entry, SafetensorsWriter
+from .threads import BLOCK, parallel_map, row_ranges
 
 
-@one_thread()
 def pack_checkpoint(
     src: str | Path,
     dst: str | Path,
@@ -53,48 +51,25 @@ def pack_checkpoint(
     """
     from .formats import open_checkpoint  # which knows this format too
 
-    latents = open_checkpoint(src)
-    source, target = latents.folder.resolve(), Path(dst).resolve()
-    if target == source or target in source.parents:
-        raise CheckpointError(f"{dst} would replace the latents in {src}: name another folder")
-    ternary = {key: name for name, key in latents.keys.items()}
-    entries: list[Entry] = []
-    for entry in latents.entries.values():
-        if entry.name in ternary:
-            rows, columns = entry.shape
-            if rows % ROWS_PER_BYTE:
-                raise CheckpointError(
-                    f"{latents.folder}: '{entry.name}' has {rows} rows, not a multiple of {ROWS_PER_BYTE}"
-                )
-            entries.append(Entry(entry.name, torch.uint8, (rows // ROWS_PER_BYTE, columns)))
-            entries.append(Entry(f"{entry.name}_scale", torch.bfloat16, (1,)))
-        else:
-            entries.append(Entry(entry.name, packed_dtype(entry), entry.shape))
-    require_shapes(latents)
-
-    with whole_folder(dst, overwrite) as work:
-        with SafetensorsWriter(work / SINGLE, entries) as writer:
-            for name, entry in latents.entries.items():
-                if name in ternary:
-                    rows_of, scale = latents.code_rows(ternary[name])
-                    if not bool(torch.isfinite(scale)):
-                        raise CheckpointError(
-                            f"{latents.folder}: '{name}' holds a NaN or an Inf and has no codes"
-                        )
-                    writer.write_blocks(name, _packed_blocks(rows_of, *entry.shape))
-                    writer.write(f"{name}_scale", scale)
-                else:
-                    writer.write_blocks(name, latents.blocks(name, packed_dtype(entry)))
-        write_json(work / "config.json", packed_config(latents.config, latents.names))
-        copy_companions(latents.companions, work)
-        if check is not None:
-            check(work)
-    return Path(dst)
+    source = open_checkpoint(src)
+    return rewrite(source, dst, _PackedLayout(), packed_config(source.config, source.names), overwrite, check)
 
 
-def packed_dtype(entry: Entry) -> torch.dtype:
-    """What a tensor that is not ternary is stored in."""
-    return torch.bfloat16 if entry.dtype.is_floating_point else entry.dtype
+class _PackedLayout(Layout):
+    def entries(self, weight: Entry) -> list[Entry]:
+        rows, columns = weight.shape
+        if rows % ROWS_PER_BYTE:
+            raise ValueError(f"has {rows} rows, not a multiple of {ROWS_PER_BYTE}")
+        return [
+            Entry(weight.name, torch.uint8, (rows // ROWS_PER_BYTE, columns)),
+            Entry(f"{weight.name}_scale", torch.bfloat16, (1,)),
+        ]
+
+    def write(self, writer: SafetensorsWriter, source: TernaryCheckpoint, name: str, weight: Entry) -> None:
+        rows_of, scale = source.code_rows(name)
+        require_scale(source, weight, scale)
+        writer.write_blocks(weight.name, _packed_blocks(rows_of, *weight.shape))
+        writer.write(f"{weight.name}_scale", scale)
 
 
 def _packed_blocks(rows_of: Callable[[int, int], Tensor], rows: int, columns: int) -> Iterator[Tensor]:

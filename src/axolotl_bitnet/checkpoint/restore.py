@@ -19,7 +19,7 @@ from ..ternary import EPSILON, latents_of, scale_of
 from .files import CheckpointError, read_json
 from .foreign import open_foreign_dense
 from .latent import LatentCheckpoint
-from .rewrite import Layout, rewrite
+from .rewrite import WholeMatrices, rewrite
 from .source import TernaryCheckpoint
 from .stream import Entry
 
@@ -80,7 +80,7 @@ def _open(path: Path) -> TernaryCheckpoint:
     return open_checkpoint(path)
 
 
-class _LatentLayout(Layout):
+class _LatentLayout(WholeMatrices):
     rest = None
 
     def __init__(self) -> None:

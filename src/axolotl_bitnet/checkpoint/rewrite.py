@@ -33,15 +33,43 @@ class Layout(ABC):
 
     @abstractmethod
     def entries(self, weight: Entry) -> list[Entry]:
-        """The tensors that a ternary weight (rows, columns) becomes."""
+        """The tensors that a ternary weight (rows, columns) becomes.
+
+        Raises:
+            ValueError: the format cannot hold such a weight; says why.
+        """
+
+    @abstractmethod
+    def write(self, writer: SafetensorsWriter, source: TernaryCheckpoint, name: str, weight: Entry) -> None:
+        """Write these tensors of the layer ``name``.
+
+        Raises:
+            CheckpointError: what is stored is damaged, or the format cannot hold it.
+        """
+
+
+class WholeMatrices(Layout):
+    """A layout that is made of a matrix at a time."""
 
     @abstractmethod
     def tensors(self, weight: Entry, codes: Tensor, s: Tensor) -> list[Tensor]:
-        """Their contents, from int8 codes (rows, columns) and bfloat16 s, shape (1,).
+        """Contents of :meth:`entries`, from int8 codes (rows, columns) and bfloat16 s, shape (1,).
 
         Raises:
             ValueError: the format cannot hold them; says why.
         """
+
+    def write(self, writer: SafetensorsWriter, source: TernaryCheckpoint, name: str, weight: Entry) -> None:
+        codes, s = source.codes(name)
+        require_scale(source, weight, s)
+        if codes.numel() and (int(codes.amax()) > 1 or int(codes.amin()) < -1):
+            raise CheckpointError(f"{source.folder}: '{weight.name}' holds codes beside -1, 0 and 1: damaged")
+        try:
+            tensors = self.tensors(weight, codes, s)
+        except ValueError as error:
+            raise CheckpointError(f"{source.folder}: '{weight.name}': {error}") from error
+        for part, tensor in zip(self.entries(weight), tensors, strict=True):
+            writer.write(part.name, tensor)
 
 
 def rewrite(
@@ -52,7 +80,18 @@ def rewrite(
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a model's folder in another format; see :func:`axolotl_bitnet.pack_checkpoint` for the arguments.
+    """Write a model's folder in another format.
+
+    Args:
+        source: the model.
+        dst: folder to make.
+        layout: the format.
+        config: its config.json.
+        overwrite: replace ``dst`` if it exists.
+        check: called with the finished folder before it gets its name; if it raises, nothing is left behind.
+
+    Returns:
+        ``dst``.
 
     Raises:
         CheckpointError: the source is damaged or does not fit the format, or the target exists.
@@ -60,7 +99,6 @@ def rewrite(
     origin, target = source.folder.resolve(), Path(dst).resolve()
     if target == origin or target in origin.parents:
         raise CheckpointError(f"{dst} would replace its own source {source.folder}: name another folder")
-    require_shapes(source)
     layers = {key: name for name, key in source.keys.items()}
 
     def stored_as(entry: Entry) -> torch.dtype:
@@ -68,19 +106,20 @@ def rewrite(
 
     announced: list[Entry] = []
     for key, entry in source.entries.items():
-        if key in layers:
-            announced += layout.entries(entry)
-        else:
+        if key not in layers:
             announced.append(Entry(key, stored_as(entry), entry.shape))
+            continue
+        try:
+            announced += layout.entries(entry)
+        except ValueError as error:
+            raise CheckpointError(f"{source.folder}: '{key}' {error}") from error
+    require_shapes(source)
 
     with whole_folder(dst, overwrite) as work:
         with one_thread(), SafetensorsWriter(work / SINGLE, announced) as writer:
             for key, entry in source.entries.items():
                 if key in layers:
-                    for part, tensor in zip(
-                        layout.entries(entry), _encoded(source, layers[key], entry, layout), strict=True
-                    ):
-                        writer.write(part.name, tensor)
+                    layout.write(writer, source, layers[key], entry)
                 else:
                     writer.write_blocks(key, source.blocks(key, stored_as(entry)))
         write_json(work / "config.json", dict(config))
@@ -90,15 +129,9 @@ def rewrite(
     return Path(dst)
 
 
-def _encoded(source: TernaryCheckpoint, name: str, weight: Entry, layout: Layout) -> list[Tensor]:
-    codes, s = source.codes(name)
+def require_scale(source: TernaryCheckpoint, weight: Entry, s: Tensor) -> None:
+    """Raise CheckpointError unless ``s``, bfloat16 (1,), is a number above 0."""
     if not bool(torch.isfinite(s)) or float(s) <= 0:
         raise CheckpointError(
             f"{source.folder}: '{weight.name}' holds a NaN or an Inf, or is damaged: scale {s.tolist()}"
         )
-    if codes.numel() and (int(codes.amax()) > 1 or int(codes.amin()) < -1):
-        raise CheckpointError(f"{source.folder}: '{weight.name}' holds codes beside -1, 0 and 1: damaged")
-    try:
-        return layout.tensors(weight, codes, s)
-    except ValueError as error:
-        raise CheckpointError(f"{source.folder}: '{weight.name}': {error}") from error

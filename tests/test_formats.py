@@ -13,6 +13,7 @@ from zoo import HAS_GGUF, MADE, make_run
 
 from axolotl_bitnet.checkpoint.files import CheckpointError, read_json
 from axolotl_bitnet.checkpoint.formats import FOLDERS, FORMATS, format_of, open_checkpoint
+from axolotl_bitnet.checkpoint.usage import usages
 from axolotl_bitnet.checkpoint.verify import RUN_FILE
 from axolotl_bitnet.fingerprint import Fingerprint
 
@@ -70,11 +71,11 @@ def test_what_is_no_model(tmp_path: Path) -> None:
 def test_config_command_line_and_card_know_the_same_formats() -> None:
     pytest.importorskip("axolotl")
     from axolotl_bitnet.integration.args import BitNetConfig
-    from axolotl_bitnet.integration.card import HOW
     from axolotl_bitnet.integration.cli import main
 
     (choices,) = get_args(BitNetConfig.model_fields["export"].annotation)
-    assert list(get_args(choices)) == list(FORMATS) == list(HOW)
+    assert list(get_args(choices)) == list(FORMATS)
+    assert all(usages(name, "some/path") for name in FORMATS) and not usages("latents", "some/path")
     assert {entry.command.split()[0] for entry in FORMATS.values()} <= set(main.commands)
     assert FOLDERS == ("packed", "gguf", "dense", "mlx")
     assert all(Path(entry.path).parts[0] in FOLDERS and ".." not in entry.path for entry in FORMATS.values())

@@ -329,7 +329,7 @@ def test_failed_verification_is_what_one_sees_first(tmp_path: Path) -> None:
     )
     assert "✗ Not the trained model packed:" in page.text and "✓" not in page.text
     assert lines[19] in page.text and lines[20] not in page.text and "and 10 more" in page.text
-    assert "vllm serve" in page.text and "from_pretrained" not in page.text
+    assert "vllm serve" in page.text and "/packed" not in page.text and "in transformers" in page.text
 
 
 def test_an_artifact_that_could_not_be_made_is_told_from_a_wrong_one(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from ..checkpoint.formats import FORMATS
+from ..checkpoint.usage import Usage, usages
 from ..checkpoint.verify import RUN_FILE
 
 CARD = "README.md"
@@ -60,7 +61,8 @@ def _section(output_dir: Path, artifacts: Sequence[str], repository: str | None)
         includes = " ".join(f"--include '{folder}/*'" for folder in folders)
         lines += ["", "```bash", f"hf download {repository} {includes} --local-dir {root}", "```"]
     for name in artifacts:
-        lines += ["", *HOW[name](f"{root}/{FORMATS[name].path}")]
+        for way in usages(name, f"{root}/{FORMATS[name].path}"):
+            lines += ["", *_way(way)]
     lines += [
         "",
         f"`{RUN_FILE}` holds the fingerprint of what trained: every code and every scale of these files can "
@@ -74,62 +76,6 @@ def _section(output_dir: Path, artifacts: Sequence[str], repository: str | None)
     return "\n".join(lines)
 
 
-def _packed(path: str) -> list[str]:
-    return [
-        "### Packed, in transformers",
-        "",
-        *_transformers(path),
-        "",
-        "Transformers compiles its unpacking, which needs a C++ compiler; `TORCH_COMPILE_DISABLE=1` does "
-        "without.",
-    ]
-
-
-def _gguf(path: str) -> list[str]:
-    title = f"### {Path(path).name}, in llama.cpp"
-    return [title, "", "```bash", f'llama-cli -m {path} -p "The capital of France is" -n 64', "```"]
-
-
-def _dense(path: str) -> list[str]:
-    return [
-        "### Dense bfloat16, in vLLM, SGLang and transformers",
-        "",
-        "The same weights, `codes / scale`; activations are not quantized, so answers are near the ternary "
-        "model's, not equal.",
-        "",
-        "```bash",
-        f"vllm serve {path} --dtype bfloat16",
-        "```",
-        "",
-        *_transformers(path),
-    ]
-
-
-def _mlx(path: str) -> list[str]:
-    return [
-        "### MLX, in mlx-lm",
-        "",
-        "```bash",
-        f'mlx_lm.generate --model {path} --prompt "The capital of France is" --max-tokens 64',
-        "```",
-    ]
-
-
-def _transformers(path: str) -> list[str]:
-    return [
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{path}", dtype="auto")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{path}")',
-        "```",
-    ]
-
-
-HOW = {  # by format
-    "packed": _packed,
-    "gguf-tq2_0": _gguf,
-    "gguf-tq1_0": _gguf,
-    "dense": _dense,
-    "mlx": _mlx,
-}
+def _way(way: Usage) -> list[str]:
+    note = ["", way.note] if way.note else []
+    return [f"### {way.title}", "", f"```{way.language}", way.text, "```", *note]

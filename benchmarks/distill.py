@@ -120,14 +120,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A ternary student with and without a dense teacher.")
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--steps", type=int, default=200, help="of 8,192 tokens")
+    parser.add_argument("--steps", type=int, default=200, help="of 8,192 tokens, or 512")
     parser.add_argument("--teacher-steps", type=int, default=200)
     parser.add_argument("--teacher-lr", type=float, default=1e-4)
     parser.add_argument("--top-k", type=int, default=16)
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--per-gpu", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1e9)
-    parser.add_argument("--small", action="store_true", help="to try the script on a CPU")
+    parser.add_argument("--small", action="store_true", help="512 tokens a step, float32: on a CPU")
+    parser.add_argument("--conversations", type=int, help="only so many, to try the script")
     parser.add_argument("--work", type=Path, default=Path("/tmp/distill"))
     parser.add_argument("--out", type=Path, default=RESULTS / "distill.csv")
     args = parser.parse_args()
@@ -135,7 +136,7 @@ def main() -> None:
     deadline = time.monotonic() + args.seconds
     args.work.mkdir(parents=True, exist_ok=True)
     conversations, taught = args.work / "conversations.jsonl", args.work / "teacher.parquet"
-    write_conversations(args.text, conversations, 60 if args.small else None)
+    write_conversations(args.text, conversations, args.conversations)
     batches = study_data.load(args.text, AutoTokenizer.from_pretrained(args.model), args.small)["sft"]
     teacher = args.work / "teacher"
     if not (teacher / "config.json").exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY / "model"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter *= 6  # that its answers depend on what it reads
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(TINY / "model").save_pretrained(folder)
     return folder
@@ -133,13 +138,24 @@ def test_a_ternary_student_learns_from_its_dense_original(
 
 
 def _divergence(teacher: Path, batch: dict[str, Any]) -> float:
-    """The first batch's loss, from the teacher's weights made ternary here."""
+    """The first batch's loss, from the teacher's weights made ternary here; every conversation by itself."""
     from axolotl_bitnet import convert_to_bitlinear
 
     student = AutoModelForCausalLM.from_pretrained(teacher)
     convert_to_bitlinear(student)
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-    with torch.no_grad():
-        likely = student(**inputs).logits.log_softmax(-1).gather(-1, batch["target_token_ids"])
-    apart = batch["target_logprobs"].exp() * (batch["target_logprobs"] - likely)
-    return float(apart[batch["target_mask"].bool()].sum() / (batch["labels"] != -100).sum())
+    total, packed = 0.0, 0
+    for ids, positions, tokens, logprobs, mask in zip(
+        *(batch[key] for key in ("input_ids", "position_ids", "target_token_ids", "target_logprobs")),
+        batch["target_mask"].bool(),
+        strict=True,
+    ):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        packed += len(starts) > 2 and int(starts[1] < len(ids) - 1)
+        for start, stop in pairwise(starts):
+            sample = slice(start, stop)
+            with torch.no_grad():
+                likely = student(ids[None, sample]).logits[0].log_softmax(-1).gather(-1, tokens[sample])
+            apart = logprobs[sample].exp() * (logprobs[sample] - likely)
+            total += float(apart[mask[sample]].sum())
+    assert packed, "no row has two conversations: nothing was tested"
+    return total / float((batch["labels"] != -100).sum())

@@ -28,6 +28,7 @@ from ..training.latents import match_reference, restore_low_bits, ternary_name_p
 from .args import BitNetConfig
 from .base_model import check_base, holds_latents, local_folder
 from .commands import refuse_dense_reference
+from .distilling import keep_packed_apart
 from .finish import export_run
 from .hub import Repository, repository_of
 from .layouts import connect_for_offload
@@ -169,6 +170,8 @@ class BitNetPlugin(BasePlugin):
         if self._repository is not None:  # else pushes in the course of training would take them along
             set_aside(cfg.output_dir, weights=False)
         guard(trainer)
+        if cfg.kd_trainer and cfg.sample_packing:
+            keep_packed_apart(trainer)
         loaded, self._reference = self._reference, None
         reference = settle_reference(trainer, loaded)
         refuse_dense_judges(trainer)

@@ -45,7 +45,7 @@ build: ## build the sdist and the wheel into dist/
 
 clean: ## remove what builds and checks leave in the checkout
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
-	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests examples benchmarks experiments -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also remove the cached environments, of every checkout
 	rm -rf "$${AXOLOTL_BITNET_CACHE:-$$HOME/.cache/axolotl-bitnet}"

@@ -19,7 +19,8 @@ from common import RESULTS, machine, write_csv
 from torch import Tensor
 from triton.testing import do_bench
 
-from axolotl_bitnet import ops, plain
+from axolotl_bitnet import ops
+from axolotl_bitnet.ops import plain
 
 MATRICES = {  # name: out_features, in_features
     "1B/3B q, o": (2048, 2048),

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from train_step import SHAPES
 
-from axolotl_bitnet.training.gather import gather_ternary
+from axolotl_bitnet.training.fsdp2_gather import gather_ternary
 
 KINDS = ("nn.Linear", "native", "ternary", "torchao")
 

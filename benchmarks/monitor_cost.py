@@ -24,8 +24,8 @@ from torch import nn
 from train_step import LATENTS, ROWS, build
 
 from axolotl_bitnet import convert_to_bitlinear
-from axolotl_bitnet.code_cache import weights_stand_still
-from axolotl_bitnet.training.monitor import observe
+from axolotl_bitnet.layers.weight_codes import weights_unchanged as weights_unchanged
+from axolotl_bitnet.training.monitor.callback import observe
 
 
 def tiny() -> nn.Module:
@@ -49,7 +49,7 @@ def training_step(
     ids = torch.randint(32768, (sequences, tokens), device=weight.device)
 
     def step(look: Look | None) -> None:
-        with weights_stand_still():
+        with weights_unchanged():
             for _ in range(micro_batches):
                 autocast = weight.is_cuda and weight.dtype == torch.float32
                 with torch.autocast("cuda", torch.bfloat16, enabled=autocast):

@@ -32,10 +32,10 @@ from typing import Any
 
 import torch
 
-from axolotl_bitnet.checkpoint.files import write_json
-from axolotl_bitnet.checkpoint.formats import FORMATS
-from axolotl_bitnet.checkpoint.stream import INDEX, SINGLE, Entry, SafetensorsWriter
-from axolotl_bitnet.convert import CONFIG_KEY
+from axolotl_bitnet.formats.registry import FORMATS
+from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.storage.atomic import write_json
+from axolotl_bitnet.storage.safetensors_stream import INDEX, SINGLE, Entry, SafetensorsWriter
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "falcon-e" / "tiny" / "model"
 FIELDS = [
@@ -107,7 +107,7 @@ def write_and_report(name: str, source: str, target: str, onebitllms: str | None
         sys.path.insert(0, str(onebitllms))
         from onebitllms import quantize_to_1bit as write
     else:
-        __import__(f"axolotl_bitnet.checkpoint.{FORMATS[name].module}")
+        __import__(f"axolotl_bitnet.formats.{FORMATS[name].module}")
         write = FORMATS[name].write
         if name.startswith("gguf"):
             __import__("gguf")

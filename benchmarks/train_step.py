@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from common import PEERS, RESULTS, free, machine, make_ternary, median_ms, read_csv, write_csv
 
-from axolotl_bitnet.code_cache import weights_stand_still
+from axolotl_bitnet.layers.weight_codes import weights_unchanged as weights_unchanged
 
 SHAPES = {"1B": (9216, 24), "3B": (13312, 32)}  # intermediate size, layers; hidden 2048, heads 16 / 2 of 128
 ROWS = {  # name: shape, sequences of a micro-batch, tokens of each, micro-batches a step, checkpointing
@@ -95,7 +95,7 @@ def measure(
         gradient = torch.randn(sequences, tokens, 2048, device="cuda", dtype=torch.bfloat16) / tokens
         # As the plugin's callback tells the Trainer; weights that are read once need no memory for it.
         rereads = peer == "axolotl-bitnet" and (micro_batches > 1 or checkpointing)
-        window = weights_stand_still if rereads else nullcontext
+        window = weights_unchanged if rereads else nullcontext
 
         def step() -> None:
             with window():

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from axolotl_bitnet.kernels import activations, launch, matmul, packing, rmsnorm, shards, swiglu, weights
+from axolotl_bitnet.ops.kernels import activations, launch, matmul, packing, rmsnorm, shards, swiglu, weights
 
 BF16, F32 = torch.bfloat16, torch.float32
 NAMES = {F32: "fp32", BF16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.convert import convert_to_bitlinear
-from axolotl_bitnet.fused import RMSNorm, SwiGLU
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.layers.fused_llama import RMSNorm, SwiGLU
+from axolotl_bitnet.model.convert import convert_to_bitlinear
 
 FLOAT32, BF16 = 2.0**-24, 2.0**-9  # half a unit in the last place, relative
 

@@ -11,7 +11,7 @@ import torch
 from runs import TINY, config, preference
 from transformers import AutoTokenizer
 
-from axolotl_bitnet.bitlinear import BitLinear
+from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.ternary import ternarize
 
 ROWS = 24

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from axolotl_bitnet.checkpoint.files import read_json, write_json
-from axolotl_bitnet.checkpoint.stream import SINGLE
-from axolotl_bitnet.convert import CONFIG_KEY, convert_to_bitlinear
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.storage.atomic import read_json, write_json
+from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from axolotl_bitnet.ternary import ternarize
 
 Build = Callable[..., nn.Module]

@@ -11,9 +11,9 @@ import pytest
 from packaging.version import Version
 from pydantic import ValidationError
 
-from axolotl_bitnet.integration.args import BitNetArgs, BitNetConfig, refusals
-from axolotl_bitnet.integration.layouts import fsdp_refusals
-from axolotl_bitnet.integration.watching import ramp_refusals
+from axolotl_bitnet.plugin.args import BitNetArgs, BitNetConfig
+from axolotl_bitnet.plugin.refusals import fsdp_refusals, refusals
+from axolotl_bitnet.plugin.refusals.ramp import ramp_refusals
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"adapter": "lora"}, "adapter: lora"),

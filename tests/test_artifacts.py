@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from axolotl_bitnet.checkpoint.artifacts import finish_run, made_in, set_aside, weight_bytes
-from axolotl_bitnet.checkpoint.files import CheckpointError, read_json
-from axolotl_bitnet.checkpoint.formats import Format
-from axolotl_bitnet.checkpoint.stream import INDEX, SINGLE, SafetensorsWriter
-from axolotl_bitnet.checkpoint.verify import RUN_FILE, VerificationError, verify_checkpoint
-from axolotl_bitnet.convert import convert_to_bitlinear
-from axolotl_bitnet.fingerprint import Fingerprint, fingerprint_model
+from axolotl_bitnet.formats.registry import Format
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.fingerprint import Fingerprint, fingerprint_model
+from axolotl_bitnet.plugin.artifacts import finish_run, made_in, set_aside
+from axolotl_bitnet.run_folder import RUN_FILE
+from axolotl_bitnet.storage.atomic import CheckpointError, read_json
+from axolotl_bitnet.storage.safetensors_stream import INDEX, SINGLE, SafetensorsWriter, weight_bytes
+from axolotl_bitnet.verify.verify import VerificationError, verify_checkpoint
 
 
 @pytest.fixture

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from stored import Build, edit_config, trained
 from torch import nn
 
-from axolotl_bitnet.checkpoint import stream
-from axolotl_bitnet.checkpoint.files import CheckpointError, read_json, write_json
-from axolotl_bitnet.checkpoint.formats import FORMATS, Format, open_checkpoint
-from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.restore import restore_latents
-from axolotl_bitnet.checkpoint.stream import INDEX
-from axolotl_bitnet.fingerprint import fingerprint_model
+from axolotl_bitnet.formats.export import pack_checkpoint
+from axolotl_bitnet.formats.registry import FORMATS, Format, open_checkpoint
+from axolotl_bitnet.formats.restore import restore_latents
+from axolotl_bitnet.model.fingerprint import fingerprint_model
+from axolotl_bitnet.storage import safetensors_stream as stream
+from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
+from axolotl_bitnet.storage.safetensors_stream import INDEX
 
 TINY = Path(__file__).parents[1] / "examples" / "falcon-e" / "tiny"
 KEY = "model.layers.0.mlp.down_proj.weight"
@@ -36,7 +36,7 @@ Write = Callable[..., Path]
 def available() -> Iterator[Any]:
     for name, entry in FORMATS.items():
         try:
-            __import__(f"axolotl_bitnet.checkpoint.{entry.module}")
+            __import__(f"axolotl_bitnet.formats.{entry.module}")
             missing = name.startswith("gguf") and not __import__("gguf")
         except ImportError:
             missing = True
@@ -302,7 +302,7 @@ def test_full_disk(
 ) -> None:
     """Said before the writing begins; or, if others fill the disk meanwhile, when it is full."""
     if not checked:
-        for module in (stream, __import__("axolotl_bitnet.checkpoint.gguf", fromlist=["gguf"])):
+        for module in (stream, __import__("axolotl_bitnet.formats.gguf.writer", fromlist=["gguf"])):
             monkeypatch.setattr(module, "require_space", lambda folder, needed: None, raising=False)
     out = small_disk / entry.path
     out.parent.mkdir(exist_ok=True)

@@ -18,10 +18,10 @@ import transformers
 from runs import TINY, Run, config, train
 from transformers import AutoTokenizer
 
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.checkpoint.packed import PackedCheckpoint
-from axolotl_bitnet.checkpoint.verify import verify_checkpoint
-from axolotl_bitnet.convert import ConversionError
+from axolotl_bitnet.formats.packed import PackedCheckpoint
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model.layer_plan import ConversionError
+from axolotl_bitnet.verify.verify import verify_checkpoint
 
 pytestmark = pytest.mark.slow
 

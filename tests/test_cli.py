@@ -20,13 +20,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from zoo import HAS_GGUF, MADE, copy_of, flip_code, make_run
 
-from axolotl_bitnet.checkpoint.artifacts import weight_bytes
-from axolotl_bitnet.checkpoint.formats import FORMATS
-from axolotl_bitnet.checkpoint.progress import listening
-from axolotl_bitnet.checkpoint.stream import SafetensorsWriter
-from axolotl_bitnet.checkpoint.verify import verify_checkpoint
-from axolotl_bitnet.convert import convert_to_bitlinear
-from axolotl_bitnet.integration.cli import main
+from axolotl_bitnet.cli.main import main
+from axolotl_bitnet.formats.registry import FORMATS
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.storage.progress import listening
+from axolotl_bitnet.storage.safetensors_stream import SafetensorsWriter, weight_bytes
+from axolotl_bitnet.verify.verify import verify_checkpoint
 
 
 @pytest.fixture
@@ -120,7 +119,7 @@ def test_every_writer(whole_run: Path, tmp_path: Path, name: str, words: list[st
 
 @pytest.mark.skipif(not HAS_GGUF, reason="needs the gguf package")
 def test_embeddings_of_a_gguf_file(whole_run: Path, tmp_path: Path) -> None:
-    from axolotl_bitnet.checkpoint.gguf import EMBEDDINGS
+    from axolotl_bitnet.formats.gguf.writer import EMBEDDINGS
 
     sizes = {}
     for kind in EMBEDDINGS:  # all that can be written can be asked for
@@ -208,7 +207,7 @@ def test_progress_is_told_in_bytes(whole_run: Path, tmp_path: Path, name: str, w
 SLOWLY = """
 import sys, time
 from axolotl_bitnet.checkpoint import gguf, source, stream
-from axolotl_bitnet.integration.cli import main
+from axolotl_bitnet.cli.main import main
 
 def slowly(function):
     def run(*arguments):

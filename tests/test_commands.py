@@ -22,13 +22,13 @@ from packaging.version import Version
 from runs import TINY, Run, config, preference, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.checkpoint.files import CheckpointError
-from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
-from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.verify import verify_checkpoint
-from axolotl_bitnet.integration.args import refusals
-from axolotl_bitnet.integration.commands import command_refusals
+from axolotl_bitnet.formats.export import pack_checkpoint
+from axolotl_bitnet.formats.latent import LatentCheckpoint
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.plugin.refusals import refusals
+from axolotl_bitnet.plugin.refusals.commands import command_refusals
+from axolotl_bitnet.storage.atomic import CheckpointError
+from axolotl_bitnet.verify.verify import verify_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from axolotl_bitnet.bitlinear import BitLinear, bitlinear
-from axolotl_bitnet.convert import CONFIG_KEY, ConversionError, Plan, convert_to_bitlinear, plan_conversion
+from axolotl_bitnet.layers.bitlinear import BitLinear, bitlinear
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.layer_plan import CONFIG_KEY, ConversionError, Plan, plan_conversion
 from axolotl_bitnet.ternary import DEFINITION
 
 transformers = pytest.importorskip("transformers")

@@ -14,17 +14,18 @@ from stored import FAMILIES, IDS, SAVINGS, Build, by_hand, codes_and_scales, edi
 from torch import nn
 
 import axolotl_bitnet
-from axolotl_bitnet.checkpoint import stream
-from axolotl_bitnet.checkpoint.dense import DenseCheckpoint, magnitude_of, revert_checkpoint
-from axolotl_bitnet.checkpoint.files import CheckpointError, read_json
-from axolotl_bitnet.checkpoint.formats import open_checkpoint
-from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
-from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.stream import SINGLE
-from axolotl_bitnet.checkpoint.threads import row_ranges
-from axolotl_bitnet.convert import CONFIG_KEY, convert_to_bitlinear
-from axolotl_bitnet.fingerprint import fingerprint_model
-from axolotl_bitnet.preflight import preflight
+from axolotl_bitnet.formats.dense import DenseCheckpoint, magnitude_of
+from axolotl_bitnet.formats.export import pack_checkpoint, revert_checkpoint
+from axolotl_bitnet.formats.latent import LatentCheckpoint
+from axolotl_bitnet.formats.registry import open_checkpoint
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.fingerprint import fingerprint_model
+from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.model.preflight import preflight
+from axolotl_bitnet.storage import safetensors_stream as stream
+from axolotl_bitnet.storage.atomic import CheckpointError, read_json
+from axolotl_bitnet.storage.parallel import row_ranges
+from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from axolotl_bitnet.ternary import EPSILON, dequantize, latents_of, scale_of
 
 # Scales
@@ -210,7 +211,7 @@ def test_as_a_base_of_a_dense_run(tiny_model: Build, tmp_path: Path) -> None:
     pytest.importorskip("axolotl.cli")
     from axolotl.utils.dict import DictDefault
 
-    from axolotl_bitnet.integration.base_model import holds_latents
+    from axolotl_bitnet.plugin.base_model import holds_latents
 
     latents = save(trained(tiny_model, "llama"), tmp_path / "latents")
     dense = revert_checkpoint(latents, tmp_path / "dense")

@@ -18,7 +18,7 @@ from runs import ROOT, TINY
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from axolotl_bitnet.integration.layouts import layout_refusals
+from axolotl_bitnet.plugin.refusals.sharding import sharding_refusals as layout_refusals
 
 RECIPE = ROOT / "examples" / "falcon-e" / "distill.yaml"
 SCRIPT = RECIPE.with_name("distill_teacher.py")

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 from zoo import HAS_GGUF, MADE
 
 import axolotl_bitnet
-from axolotl_bitnet.checkpoint.artifacts import finish_run
-from axolotl_bitnet.convert import convert_to_bitlinear
-from axolotl_bitnet.fingerprint import fingerprint_model
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.fingerprint import fingerprint_model
+from axolotl_bitnet.plugin.artifacts import finish_run
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -117,7 +117,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_config_page_names_every_key_and_default() -> None:
-    from axolotl_bitnet.integration.args import BitNetConfig
+    from axolotl_bitnet.plugin.args import BitNetConfig
 
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     documented = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", page, re.MULTILINE))

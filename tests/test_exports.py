@@ -18,10 +18,10 @@ from runs import TINY, config, train
 from transformers import AutoTokenizer, BitNetConfig, LlamaConfig, MixtralConfig
 from zoo import HAS_GGUF, MADE
 
-from axolotl_bitnet.checkpoint.files import read_json
-from axolotl_bitnet.checkpoint.verify import verify_checkpoint
-from axolotl_bitnet.convert import ConversionError
-from axolotl_bitnet.integration.exports import refuse_exports
+from axolotl_bitnet.model.layer_plan import ConversionError
+from axolotl_bitnet.plugin.exports import refuse_exports
+from axolotl_bitnet.storage.atomic import read_json
+from axolotl_bitnet.verify.verify import verify_checkpoint
 
 TOKENIZER = TINY / "model"
 needs_gguf = pytest.mark.skipif(not HAS_GGUF, reason="needs the gguf package")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from axolotl_bitnet import fingerprint as module
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.convert import convert_to_bitlinear
-from axolotl_bitnet.fingerprint import (
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model import fingerprint as module
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.fingerprint import (
     Fingerprint,
     TensorFingerprint,
     clean_name,

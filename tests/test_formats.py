@@ -11,11 +11,11 @@ import pytest
 from torch import nn
 from zoo import HAS_GGUF, MADE, make_run
 
-from axolotl_bitnet.checkpoint.files import CheckpointError, read_json
-from axolotl_bitnet.checkpoint.formats import FOLDERS, FORMATS, format_of, open_checkpoint
-from axolotl_bitnet.checkpoint.usage import usages
-from axolotl_bitnet.checkpoint.verify import RUN_FILE
-from axolotl_bitnet.fingerprint import Fingerprint
+from axolotl_bitnet.formats.registry import FOLDERS, FORMATS, format_of, open_checkpoint
+from axolotl_bitnet.formats.usage import usages
+from axolotl_bitnet.model.fingerprint import Fingerprint
+from axolotl_bitnet.run_folder import RUN_FILE
+from axolotl_bitnet.storage.atomic import CheckpointError, read_json
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,8 @@ def test_what_is_no_model(tmp_path: Path) -> None:
 
 def test_config_command_line_and_card_know_the_same_formats() -> None:
     pytest.importorskip("axolotl")
-    from axolotl_bitnet.integration.args import BitNetConfig
-    from axolotl_bitnet.integration.cli import main
+    from axolotl_bitnet.cli.main import main
+    from axolotl_bitnet.plugin.args import BitNetConfig
 
     (choices,) = get_args(BitNetConfig.model_fields["export"].annotation)
     assert list(get_args(choices)) == list(FORMATS)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.fingerprint import fingerprint_model
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model.fingerprint import fingerprint_model
 
 WORLD = 2
 CASES = [

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from axolotl_bitnet.checkpoint.whole import forget, problems
-from axolotl_bitnet.fingerprint import fingerprint_model
+from axolotl_bitnet.model.fingerprint import fingerprint_model
+from axolotl_bitnet.storage.trainer_checkpoint import forget, problems
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,9 @@ from torch.nn.functional import silu
 from torch.utils.weak import TensorWeakRef
 
 from axolotl_bitnet import ops, ternary
-from axolotl_bitnet.bitlinear import shared_codes
-from axolotl_bitnet.convert import convert_to_bitlinear
-from axolotl_bitnet.fused import RMSNorm, SwiGLU, fuse_layers
+from axolotl_bitnet.layers.bitlinear import shared_codes
+from axolotl_bitnet.layers.fused_llama import RMSNorm, SwiGLU, fuse_layers
+from axolotl_bitnet.model.convert import convert_to_bitlinear
 
 FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3"]
 by_family = pytest.mark.parametrize("family", FAMILIES)

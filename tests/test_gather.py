@@ -16,12 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from axolotl_bitnet import plain
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.fingerprint import fingerprint_model
-from axolotl_bitnet.gathered_weight import GatheredWeight
-from axolotl_bitnet.ops import dequantized_weight, ternarize, transposed_codes
-from axolotl_bitnet.training.gather import GatherTernary, gather_ternary
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.layers.gathered_weight import GatheredWeight
+from axolotl_bitnet.model.fingerprint import fingerprint_model
+from axolotl_bitnet.ops import dequantized_weight, plain, ternarize, transposed_codes
+from axolotl_bitnet.training.fsdp2_gather import GatherTernary, gather_ternary
 
 pytestmark = pytest.mark.slow
 

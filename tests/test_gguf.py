@@ -22,28 +22,29 @@ from torch import Tensor
 
 import axolotl_bitnet
 from axolotl_bitnet import pack_checkpoint
-from axolotl_bitnet.checkpoint import gguf as module
-from axolotl_bitnet.checkpoint.files import CheckpointError, read_json, write_json
-from axolotl_bitnet.checkpoint.gguf import TYPES, GGUFCheckpoint, export_gguf
-from axolotl_bitnet.checkpoint.gguf_blocks import (
+from axolotl_bitnet.formats.export import export_gguf
+from axolotl_bitnet.formats.gguf import writer as module
+from axolotl_bitnet.formats.gguf.architecture import (
+    ARCHITECTURES,
+    architecture_of,
+    row_order,
+    shape_of,
+    tensors_of,
+)
+from axolotl_bitnet.formats.gguf.blocks import (
     BLOCK_BYTES,
     decode_blocks,
     encode_blocks,
     scale_from_fp16,
     scale_to_fp16,
 )
-from axolotl_bitnet.checkpoint.gguf_llama import (
-    ARCHITECTURES,
-    architecture_of,
-    metadata_of,
-    row_order,
-    shape_of,
-    tensors_of,
-)
-from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
-from axolotl_bitnet.checkpoint.stream import SINGLE, Entry, SafetensorsWriter
-from axolotl_bitnet.convert import CONFIG_KEY
-from axolotl_bitnet.fingerprint import fingerprint_model
+from axolotl_bitnet.formats.gguf.metadata import metadata_of
+from axolotl_bitnet.formats.gguf.writer import TYPES, GGUFCheckpoint
+from axolotl_bitnet.formats.latent import LatentCheckpoint
+from axolotl_bitnet.model.fingerprint import fingerprint_model
+from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
+from axolotl_bitnet.storage.safetensors_stream import SINGLE, Entry, SafetensorsWriter
 from axolotl_bitnet.ternary import EPSILON, scale_of
 
 gguf = pytest.importorskip("gguf")

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_bitnet import convert_to_bitlinear, pack_checkpoint
-from axolotl_bitnet.checkpoint import gguf_llama
-from axolotl_bitnet.checkpoint.gguf import TYPES, export_gguf
+from axolotl_bitnet.formats.export import export_gguf
+from axolotl_bitnet.formats.gguf import architecture as gguf_llama
+from axolotl_bitnet.formats.gguf.writer import TYPES
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")

@@ -14,10 +14,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as pieces
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from axolotl_bitnet.checkpoint import gguf_pretokenizer
-from axolotl_bitnet.checkpoint.files import CheckpointError, write_json
-from axolotl_bitnet.checkpoint.gguf_pretokenizer import find_pretokenizer
-from axolotl_bitnet.checkpoint.gguf_tokenizer import (
+from axolotl_bitnet.formats.gguf import pretokenizer as gguf_pretokenizer
+from axolotl_bitnet.formats.gguf.pretokenizer import find_pretokenizer
+from axolotl_bitnet.formats.gguf.tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -26,6 +25,7 @@ from axolotl_bitnet.checkpoint.gguf_tokenizer import (
     USER_DEFINED,
     read_vocabulary,
 )
+from axolotl_bitnet.storage.atomic import CheckpointError, write_json
 
 TEXTS = [
     *gguf_pretokenizer._TEXTS,
@@ -134,7 +134,7 @@ def test_llama_cpp_gives_the_same_ids(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("xllamacpp")
     from llamacpp import LlamaCpp
 
-    from axolotl_bitnet.checkpoint.gguf import export_gguf
+    from axolotl_bitnet.formats.export import export_gguf
 
     folder = save_tokenizer(KINDS[kind][1](), tmp_path / "tokenizer")
     model = build(vocab_size=1000, num_hidden_layers=1)

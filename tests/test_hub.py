@@ -22,16 +22,16 @@ from runs import TINY, config, train
 from transformers import AutoTokenizer
 from zoo import MADE, make_run
 
-from axolotl_bitnet.checkpoint.formats import FORMATS
-from axolotl_bitnet.checkpoint.verify import VerificationError, verify_checkpoint
-from axolotl_bitnet.convert import convert_to_bitlinear
-from axolotl_bitnet.fingerprint import Fingerprint, fingerprint_model
-from axolotl_bitnet.integration import hub
-from axolotl_bitnet.integration import plugin as plugin_module
-from axolotl_bitnet.integration.args import BitNetConfig
-from axolotl_bitnet.integration.card import write_card
-from axolotl_bitnet.integration.cli import main
-from axolotl_bitnet.integration.finish import export_run
+from axolotl_bitnet.cli.main import main
+from axolotl_bitnet.formats.registry import FORMATS
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.fingerprint import Fingerprint, fingerprint_model
+from axolotl_bitnet.plugin import hub
+from axolotl_bitnet.plugin import plugin as plugin_module
+from axolotl_bitnet.plugin.args import BitNetConfig
+from axolotl_bitnet.plugin.card import write_card
+from axolotl_bitnet.plugin.finish import export_run
+from axolotl_bitnet.verify.verify import VerificationError, verify_checkpoint
 
 Files = dict[str, bytes]
 

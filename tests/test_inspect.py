@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from zoo import HAS_GGUF, Q, edit_tensors, make_run
 
-from axolotl_bitnet.checkpoint.files import CheckpointError, read_json, write_json
-from axolotl_bitnet.checkpoint.formats import FORMATS
-from axolotl_bitnet.checkpoint.inspect import inspect
-from axolotl_bitnet.checkpoint.stream import SINGLE
-from axolotl_bitnet.checkpoint.verify import RUN_FILE
-from axolotl_bitnet.convert import CONFIG_KEY
-from axolotl_bitnet.fingerprint import Fingerprint
+from axolotl_bitnet.formats.registry import FORMATS
+from axolotl_bitnet.model.fingerprint import Fingerprint
+from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.run_folder import RUN_FILE
+from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
+from axolotl_bitnet.storage.safetensors_stream import SINGLE
+from axolotl_bitnet.verify.inspect import inspect
 
 
 @pytest.fixture(scope="module")

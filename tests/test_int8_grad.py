@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from axolotl_bitnet import ternary
-from axolotl_bitnet.bitlinear import BitLinear, bitlinear
-from axolotl_bitnet.convert import convert_to_bitlinear
+from axolotl_bitnet.layers.bitlinear import BitLinear, bitlinear
+from axolotl_bitnet.model.convert import convert_to_bitlinear
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 

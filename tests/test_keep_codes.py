@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from axolotl_bitnet import ops, plain
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.code_cache import forget_codes, keep_codes, ternarize, weights_stand_still
-from axolotl_bitnet.convert import convert_to_bitlinear
+from axolotl_bitnet import ops
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.layers.weight_codes import forget_codes, keep_codes, ternarize, weights_unchanged
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.ops import plain
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def step(layer: BitLinear, x: Tensor) -> Tensor:
 
 def test_one_quantization_in_a_window_and_one_a_forward_outside(made: list[Tensor]) -> None:
     layer = BitLinear(24, 8)
-    with weights_stand_still():
+    with weights_unchanged():
         inside = [step(layer, torch.ones(3, 24)) for _ in range(4)]
     assert len(made) == 1 and made[0] is layer.weight
     outside = [step(layer, torch.ones(3, 24)) for _ in range(2)]
@@ -51,7 +52,7 @@ def test_gradients_are_those_without(made: list[Tensor]) -> None:
     layer = BitLinear(24, 8)
     other = copy.deepcopy(layer)
     batches = torch.randn(3, 5, 24)
-    with weights_stand_still():
+    with weights_unchanged():
         for x in batches:
             step(layer, x)
     for x in batches:
@@ -66,7 +67,7 @@ def test_checkpointing_quantizes_each_weight_once(
     names = convert_to_bitlinear(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(3, 128, (2, 9))
-    with weights_stand_still():
+    with weights_unchanged():
         model(ids, labels=ids).loss.backward()
     assert len(made) == len(names)
 
@@ -126,12 +127,12 @@ def test_the_next_window_sees_what_the_optimizer_did(
     layer = BitLinear(24, 8)
     optimizer = optimizer_of(layer)
     for _ in range(3):
-        with weights_stand_still():
+        with weights_unchanged():
             step(layer, torch.randn(6, 24))
             step(layer, torch.randn(6, 24))
         optimizer.step()
         optimizer.zero_grad()
-        with weights_stand_still():
+        with weights_unchanged():
             found = ternarize(layer.weight)
         for one, other in zip(found, plain.ternarize(layer.weight.detach().clone()), strict=True):
             assert torch.equal(one, other)
@@ -141,11 +142,11 @@ def test_the_next_window_sees_what_an_8_bit_optimizer_did() -> None:
     optimizers = pytest.importorskip("torchao.optim")
     layer = BitLinear(256, 64, bias=False)
     optimizer = optimizers.AdamW8bit(layer.parameters(), lr=0.1)
-    with weights_stand_still():
+    with weights_unchanged():
         before = ternarize(layer.weight)[0]
         step(layer, torch.randn(6, 256))
     optimizer.step()
-    with weights_stand_still():
+    with weights_unchanged():
         found = ternarize(layer.weight)[0]
     assert torch.equal(found, plain.ternarize(layer.weight.detach().clone())[0])
     assert not torch.equal(found, before)
@@ -155,10 +156,10 @@ def test_the_next_window_sees_what_an_8_bit_optimizer_did() -> None:
 def test_the_next_window_sees_an_edit(edit: Callable[[BitLinear], None]) -> None:
     layer = BitLinear(24, 8)
     x = torch.randn(4, 24)
-    with weights_stand_still():
+    with weights_unchanged():
         before = layer(x)
     edit(layer)
-    with weights_stand_still():
+    with weights_unchanged():
         assert not torch.equal(layer(x), before)
         assert torch.equal(ternarize(layer.weight)[0], plain.ternarize(layer.weight.detach().clone())[0])
 
@@ -167,7 +168,7 @@ def test_the_next_window_sees_an_edit(edit: Callable[[BitLinear], None]) -> None
 def test_edits_that_can_be_seen_are_seen_inside_a_window_too(edit: Callable[[BitLinear], None]) -> None:
     """All but a write through .data into the same memory: hence the window."""
     layer = BitLinear(24, 8)
-    with weights_stand_still():
+    with weights_unchanged():
         ternarize(layer.weight)
         edit(layer)
         assert torch.equal(ternarize(layer.weight)[0], plain.ternarize(layer.weight.detach().clone())[0])
@@ -175,7 +176,7 @@ def test_edits_that_can_be_seen_are_seen_inside_a_window_too(edit: Callable[[Bit
 
 def test_an_error_closes_the_window(made: list[Tensor]) -> None:
     layer = BitLinear(24, 8)
-    with pytest.raises(RuntimeError, match="mine"), weights_stand_still():
+    with pytest.raises(RuntimeError, match="mine"), weights_unchanged():
         raise RuntimeError("mine")
     layer(torch.ones(24))
     layer(torch.ones(24))
@@ -185,7 +186,7 @@ def test_an_error_closes_the_window(made: list[Tensor]) -> None:
 def test_compiled_layers_keep_nothing(made: list[Tensor]) -> None:
     layer = BitLinear(24, 8)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    with weights_stand_still():
+    with weights_unchanged():
         first = compiled(torch.ones(2, 24))
         by_data(layer)
         assert not torch.equal(compiled(torch.ones(2, 24)), first)

@@ -12,14 +12,16 @@ import pytest
 from kills import kill_at_every_change
 from torch import nn
 
-from axolotl_bitnet.checkpoint.artifacts import finish_run, set_aside
-from axolotl_bitnet.checkpoint.files import CheckpointError
-from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
-from axolotl_bitnet.checkpoint.packed import PackedCheckpoint, pack_checkpoint
-from axolotl_bitnet.checkpoint.stream import INDEX
-from axolotl_bitnet.checkpoint.verify import RUN_FILE, verify_checkpoint
-from axolotl_bitnet.convert import convert_to_bitlinear
-from axolotl_bitnet.fingerprint import Fingerprint, fingerprint_model
+from axolotl_bitnet.formats.export import pack_checkpoint
+from axolotl_bitnet.formats.latent import LatentCheckpoint
+from axolotl_bitnet.formats.packed import PackedCheckpoint
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.fingerprint import Fingerprint, fingerprint_model
+from axolotl_bitnet.plugin.artifacts import finish_run, set_aside
+from axolotl_bitnet.run_folder import RUN_FILE
+from axolotl_bitnet.storage.atomic import CheckpointError
+from axolotl_bitnet.storage.safetensors_stream import INDEX
+from axolotl_bitnet.verify.verify import verify_checkpoint
 
 SHARDS = {"max_shard_size": "40KB"}
 

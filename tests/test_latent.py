@@ -12,14 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from axolotl_bitnet.checkpoint import latent, source
-from axolotl_bitnet.checkpoint.files import CheckpointError, read_json, write_json
-from axolotl_bitnet.checkpoint.latent import LatentCheckpoint, copy_companions
-from axolotl_bitnet.checkpoint.source import read_plan
-from axolotl_bitnet.checkpoint.stream import SINGLE
-from axolotl_bitnet.checkpoint.threads import row_ranges
-from axolotl_bitnet.convert import CONFIG_KEY, Plan, convert_to_bitlinear
-from axolotl_bitnet.fingerprint import fingerprint_model
+from axolotl_bitnet.formats import checkpoint as source
+from axolotl_bitnet.formats import latent
+from axolotl_bitnet.formats.companions import copy_companions
+from axolotl_bitnet.formats.config_json import read_plan
+from axolotl_bitnet.formats.latent import LatentCheckpoint
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.fingerprint import fingerprint_model
+from axolotl_bitnet.model.layer_plan import CONFIG_KEY, Plan
+from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
+from axolotl_bitnet.storage.parallel import row_ranges
+from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from axolotl_bitnet.ternary import ternarize
 
 SKIPPED = ["model.layers.0.self_attn", "model.layers.1.mlp.down_proj"]

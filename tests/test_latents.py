@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.convert import convert_to_bitlinear
-from axolotl_bitnet.fingerprint import fingerprint_model
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.ternary import ternarize
 from axolotl_bitnet.training.latents import (
     match_reference,

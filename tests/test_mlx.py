@@ -15,14 +15,13 @@ from safetensors.torch import load_file
 from stored import IDS, Build, by_hand, codes_and_scales, edit, edit_config, same_files, save, trained
 from torch import Tensor
 
-from axolotl_bitnet.checkpoint.dense import revert_checkpoint
-from axolotl_bitnet.checkpoint.files import CheckpointError, read_json
-from axolotl_bitnet.checkpoint.formats import open_checkpoint
-from axolotl_bitnet.checkpoint.mlx import MLXCheckpoint, export_mlx, group_size, pack_words, unpack_words
-from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.stream import SINGLE
-from axolotl_bitnet.convert import CONFIG_KEY
-from axolotl_bitnet.fingerprint import fingerprint_model
+from axolotl_bitnet.formats.export import export_mlx, pack_checkpoint, revert_checkpoint
+from axolotl_bitnet.formats.mlx import MLXCheckpoint, group_size, pack_words, unpack_words
+from axolotl_bitnet.formats.registry import open_checkpoint
+from axolotl_bitnet.model.fingerprint import fingerprint_model
+from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.storage.atomic import CheckpointError, read_json
+from axolotl_bitnet.storage.safetensors_stream import SINGLE
 
 UP = "model.layers.1.mlp.up_proj"
 

@@ -14,15 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from axolotl_bitnet import plain
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.convert import convert_to_bitlinear
-from axolotl_bitnet.training import monitor as monitor_module
-from axolotl_bitnet.training import sample
-from axolotl_bitnet.training.logs import log_through
-from axolotl_bitnet.training.monitor import MONITOR_FILE, Monitor
-from axolotl_bitnet.training.observation import Observation, observe, unmoved_above
-from axolotl_bitnet.training.sample import Unwatchable
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.ops import plain
+from axolotl_bitnet.run_folder import MONITOR_FILE
+from axolotl_bitnet.training.monitor import callback as monitor_module
+from axolotl_bitnet.training.monitor import sampling as sample
+from axolotl_bitnet.training.monitor.callback import Monitor
+from axolotl_bitnet.training.monitor.figures import Observation, observe, unmoved_above
+from axolotl_bitnet.training.monitor.sampling import Unwatchable
+from axolotl_bitnet.training.trainer_log import log_through
 
 Model = Callable[..., nn.Module]
 

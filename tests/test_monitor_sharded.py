@@ -16,11 +16,11 @@ from test_fsdp2 import batch, build
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 
-from axolotl_bitnet.training import sample
-from axolotl_bitnet.training.gather import gather_ternary
-from axolotl_bitnet.training.monitor import Observation, observe
-from axolotl_bitnet.training.sample import Unwatchable
-from axolotl_bitnet.training.start_codes import load_start, save_start
+from axolotl_bitnet.training.fsdp2_gather import gather_ternary
+from axolotl_bitnet.training.monitor import sampling as sample
+from axolotl_bitnet.training.monitor.callback import Observation, observe
+from axolotl_bitnet.training.monitor.sampling import Unwatchable
+from axolotl_bitnet.training.monitor.start_codes import load_start, save_start
 
 pytestmark = pytest.mark.slow
 

@@ -15,9 +15,9 @@ pytest.importorskip("axolotl.cli")  # sets up logging, and would take away a han
 from methods import save_base, settings_of
 from runs import Run, config, train
 
-from axolotl_bitnet.training import monitor as monitor_module
-from axolotl_bitnet.training.monitor import MONITOR_FILE
-from axolotl_bitnet.training.observation import observe
+from axolotl_bitnet.run_folder import MONITOR_FILE
+from axolotl_bitnet.training.monitor import callback as monitor_module
+from axolotl_bitnet.training.monitor.figures import observe
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import silu
 
-from axolotl_bitnet import ops, plain, shard_ops, ternary
-from axolotl_bitnet.bitlinear import bitlinear
+from axolotl_bitnet import ops, ternary
+from axolotl_bitnet.layers.bitlinear import bitlinear
+from axolotl_bitnet.ops import plain, shard_ops
 
 EPS = 1e-6
 OPERATIONS = [

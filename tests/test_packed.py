@@ -19,20 +19,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import axolotl_bitnet
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.checkpoint.files import CheckpointError, read_json, write_json
-from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
-from axolotl_bitnet.checkpoint.packed import (
+from axolotl_bitnet.formats.export import pack_checkpoint
+from axolotl_bitnet.formats.latent import LatentCheckpoint
+from axolotl_bitnet.formats.packed import (
     PackedCheckpoint,
     _exclusions,
-    pack_checkpoint,
     pack_codes,
     packed_config,
     unpack_codes,
 )
-from axolotl_bitnet.checkpoint.stream import INDEX, SINGLE, Entry, SafetensorsWriter
-from axolotl_bitnet.convert import CONFIG_KEY, Plan, convert_to_bitlinear
-from axolotl_bitnet.fingerprint import fingerprint_model
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.fingerprint import fingerprint_model
+from axolotl_bitnet.model.layer_plan import CONFIG_KEY, Plan
+from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
+from axolotl_bitnet.storage.safetensors_stream import INDEX, SINGLE, Entry, SafetensorsWriter
 from axolotl_bitnet.ternary import ternarize
 
 Build = Callable[..., nn.Module]

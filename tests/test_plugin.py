@@ -22,12 +22,12 @@ from packaging.version import Version
 from runs import ROOT, TINY, config, preference, train
 from transformers import AutoTokenizer
 
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.checkpoint.stream import INDEX
-from axolotl_bitnet.checkpoint.verify import VerificationError, verify_checkpoint
-from axolotl_bitnet.convert import ConversionError
-from axolotl_bitnet.fingerprint import Fingerprint, TensorFingerprint, fingerprint_model
-from axolotl_bitnet.integration import plugin as plugin_module
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model.fingerprint import Fingerprint, TensorFingerprint, fingerprint_model
+from axolotl_bitnet.model.layer_plan import ConversionError
+from axolotl_bitnet.plugin import plugin as plugin_module
+from axolotl_bitnet.storage.safetensors_stream import INDEX
+from axolotl_bitnet.verify.verify import VerificationError, verify_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -143,7 +143,7 @@ def test_dense_runs_are_untouched_by_the_installed_plugin(base: Path, tmp_path: 
         results.append(json.loads((folder / "result.json").read_text()))
         assert not (folder / "out" / "bitnet.json").exists()
     without, installed = results
-    assert without["modules"] == [] and "axolotl_bitnet.integration.plugin" in installed["modules"]
+    assert without["modules"] == [] and "axolotl_bitnet.plugin.plugin" in installed["modules"]
     assert installed["losses"] == without["losses"] and len(without["losses"]) == 3
     assert installed["weights"] == without["weights"]
 
@@ -292,44 +292,44 @@ def test_eight_bit_gradients_reach_the_layers_and_train(base: Path, tmp_path: Pa
     assert run.losses[-1] < run.losses[0]
 
 
-def gathering(version: int, **options: str) -> list[Any]:
+def callbacks_under(version: int, **options: str) -> list[Any]:
     from types import SimpleNamespace
 
-    from axolotl_bitnet.integration.plugin import _gathering
+    from axolotl_bitnet.plugin.callbacks import gathering
 
-    return _gathering(SimpleNamespace(fsdp_version=version, bitnet=options), SimpleNamespace())
+    return gathering(SimpleNamespace(fsdp_version=version), SimpleNamespace(), options.get("gather", "auto"))
 
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the plugin logs."""
     lines: list[str] = []
-    monkeypatch.setattr(plugin_module, "_info", lambda line, *args: lines.append(line % args))
+    monkeypatch.setattr("axolotl_bitnet.plugin.callbacks.info", lambda line, *args: lines.append(line % args))
     return lines
 
 
 def test_fsdp2_gathers_codes_unless_told_otherwise(said: list[str]) -> None:
     for wish in ({}, {"gather": "auto"}, {"gather": "ternary"}):
-        (callback,) = gathering(2, **wish)
+        (callback,) = callbacks_under(2, **wish)
         assert type(callback).__name__ == "GatherTernary" and "2-bit codes" in said.pop()
-    assert gathering(2, gather="native") == [] and "bitnet.gather: native" in said.pop()
-    assert gathering(1) == [] and not said
+    assert callbacks_under(2, gather="native") == [] and "bitnet.gather: native" in said.pop()
+    assert callbacks_under(1) == [] and not said
 
 
 def test_a_torch_without_a_place_for_codes_gathers_weights(
     said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "axolotl_bitnet.training.gather", None)
-    assert gathering(2) == [] and "has no place for codes" in said.pop()
+    monkeypatch.setitem(sys.modules, "axolotl_bitnet.training.fsdp2_gather", None)
+    assert callbacks_under(2) == [] and "has no place for codes" in said.pop()
     with pytest.raises(RuntimeError, match=r"gather: ternary.* does not fit torch"):
-        gathering(2, gather="ternary")
+        callbacks_under(2, gather="ternary")
 
 
 def test_a_dense_config_on_ternary_latents_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from axolotl.utils.dict import DictDefault
 
     warnings: list[str] = []
-    monkeypatch.setattr(plugin_module, "_warn", warnings.append)
+    monkeypatch.setattr(plugin_module, "warn", warnings.append)
 
     def load(base: str) -> list[str]:
         warnings.clear()

@@ -17,9 +17,9 @@ from runs import prepare, train
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer, GRPOTrainer
 
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.convert import convert_to_bitlinear
-from axolotl_bitnet.integration.preference import preference_refusals
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.plugin.refusals.preference import preference_refusals
 
 pytestmark = pytest.mark.slow
 

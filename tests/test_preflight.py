@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.preflight import NEVER_TERNARY, Preflight, preflight
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model.preflight import NEVER_TERNARY, Preflight, preflight
 from axolotl_bitnet.ternary import dequantize, scale_of, ternarize
 
 
@@ -166,7 +166,7 @@ def test_change_is_the_relative_error_by_hand(oracle) -> None:
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 32 x 48 elements, rows 0 and 31 are measured."""
-    monkeypatch.setattr("axolotl_bitnet.preflight.SAMPLE", 50)
+    monkeypatch.setattr("axolotl_bitnet.model.preflight.SAMPLE", 50)
 
 
 def test_every_nth_row_is_measured(few_rows: None) -> None:
@@ -272,7 +272,7 @@ def test_unsharded_empty_weights_are_passed_over() -> None:
 
 
 def test_a_whole_model(tiny_model) -> None:
-    from axolotl_bitnet.convert import convert_to_bitlinear
+    from axolotl_bitnet.model.convert import convert_to_bitlinear
 
     model = tiny_model("Llama")
     names = convert_to_bitlinear(model)

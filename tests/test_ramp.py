@@ -11,12 +11,13 @@ import torch
 from layers import run
 from torch import Tensor, nn
 
-from axolotl_bitnet import plain
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.checkpoint.files import CheckpointError
-from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.code_cache import weights_stand_still
-from axolotl_bitnet.convert import CONFIG_KEY, convert_to_bitlinear
+from axolotl_bitnet.formats.export import pack_checkpoint
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.layers.weight_codes import weights_unchanged
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.ops import plain
+from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.training.ramp import RampSchedule, fully_ternary, lambda_at, ramping, set_ramp
 
 Model = Callable[..., nn.Module]
@@ -100,7 +101,7 @@ def test_checkpointing_accumulation_and_kept_codes_change_nothing(tiny_model: Mo
     set_ramp(model, 0.4)
     expected = gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with weights_stand_still():
+    with weights_unchanged():
         found = gradients(model)
         loss(model).backward()
     for name, parameter in model.named_parameters():

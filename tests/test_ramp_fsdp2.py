@@ -13,8 +13,8 @@ import torch.distributed as dist
 from test_fsdp2 import batch, build
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from axolotl_bitnet.gathered_weight import GatheredWeight
-from axolotl_bitnet.training.gather import GatherTernary, gather_ternary
+from axolotl_bitnet.layers.gathered_weight import GatheredWeight
+from axolotl_bitnet.training.fsdp2_gather import GatherTernary, gather_ternary
 from axolotl_bitnet.training.ramp import RampSchedule, fully_ternary, set_ramp
 
 pytestmark = pytest.mark.slow

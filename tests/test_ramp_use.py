@@ -16,9 +16,9 @@ from methods import save_base, settings_of
 from runs import Run, config, preference, train
 from transformers import TrainerCallback
 
-from axolotl_bitnet.checkpoint.files import CheckpointError
-from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.integration.resume import ResumeError
+from axolotl_bitnet.formats.export import pack_checkpoint
+from axolotl_bitnet.plugin.resume import ResumeError
+from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.training.ramp import RampSchedule
 
 pytestmark = pytest.mark.slow

@@ -12,10 +12,10 @@ from torch import nn
 
 pytest.importorskip("trl")
 
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.convert import convert_to_bitlinear
-from axolotl_bitnet.integration import references
-from axolotl_bitnet.integration.references import (
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.plugin.upstream import trl_reference as references
+from axolotl_bitnet.plugin.upstream.trl_reference import (
     is_ternary,
     key_precomputed_references,
     refuse_dense_judges,

@@ -17,9 +17,9 @@ from reports import Page, loads, page_of
 from axolotl_bitnet.report import ReportError, write_report
 from axolotl_bitnet.report import page as page_module
 from axolotl_bitnet.report.charts import charts, grids
-from axolotl_bitnet.report.plots import _LIGHT, _curves
+from axolotl_bitnet.report.draw import _LIGHT, _curves
 from axolotl_bitnet.report.record import HIDDEN, redact
-from axolotl_bitnet.report.sources import Layer, read_run, row_and_column
+from axolotl_bitnet.report.run_files import Layer, read_run, row_and_column
 
 pytestmark = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 

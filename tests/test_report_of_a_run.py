@@ -25,7 +25,7 @@ def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _command(folder: Path) -> Any:
-    from axolotl_bitnet.integration.cli import main
+    from axolotl_bitnet.cli.main import main
 
     return CliRunner().invoke(main, ["report", str(folder)])
 
@@ -53,7 +53,7 @@ def test_a_report_never_fails_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, no_matplotlib: None
 ) -> None:
     pytest.importorskip("axolotl")
-    from axolotl_bitnet.integration import run_log
+    from axolotl_bitnet.plugin import run_log
 
     caplog.set_level(logging.INFO, "axolotl.bitnet")
     monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
@@ -70,7 +70,7 @@ def test_a_report_never_fails_a_run(
 
 def test_a_log_that_cannot_be_written_never_fails_a_run(tmp_path: Path) -> None:
     pytest.importorskip("axolotl")
-    from axolotl_bitnet.integration.run_log import RunLog
+    from axolotl_bitnet.plugin.run_log import RunLog
 
     (tmp_path / "file").write_text("")
     arguments = SimpleNamespace(output_dir=str(tmp_path / "file"), world_size=1)
@@ -84,7 +84,7 @@ def test_a_log_that_cannot_be_written_never_fails_a_run(tmp_path: Path) -> None:
 
 def test_only_the_first_process_writes(tmp_path: Path) -> None:
     pytest.importorskip("axolotl")
-    from axolotl_bitnet.integration.run_log import RunLog
+    from axolotl_bitnet.plugin.run_log import RunLog
 
     state = SimpleNamespace(global_step=0, is_world_process_zero=False, log_history=[])
     RunLog({}).on_train_begin(SimpleNamespace(output_dir=str(tmp_path), world_size=2), state, None)
@@ -96,7 +96,7 @@ def test_a_run_whose_export_fails_has_a_report(tmp_path: Path, monkeypatch: pyte
     from axolotl.utils.dict import DictDefault
 
     from axolotl_bitnet import BitNetPlugin
-    from axolotl_bitnet.fingerprint import Fingerprint
+    from axolotl_bitnet.model.fingerprint import Fingerprint
 
     plugin: Any = BitNetPlugin()
     plugin._trained = Fingerprint({})

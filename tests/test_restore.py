@@ -16,18 +16,18 @@ from stored import IDS, Build, by_hand, codes_and_scales, edit, edit_config, sav
 from torch import Tensor, nn
 
 import axolotl_bitnet
-from axolotl_bitnet.checkpoint.dense import DenseCheckpoint, revert_checkpoint
-from axolotl_bitnet.checkpoint.files import CheckpointError, read_json
-from axolotl_bitnet.checkpoint.foreign import ForeignPackedCheckpoint
-from axolotl_bitnet.checkpoint.formats import open_checkpoint
-from axolotl_bitnet.checkpoint.latent import LatentCheckpoint
-from axolotl_bitnet.checkpoint.mlx import export_mlx
-from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.restore import restore_latents
-from axolotl_bitnet.checkpoint.stream import SINGLE
-from axolotl_bitnet.convert import CONFIG_KEY, convert_to_bitlinear
+from axolotl_bitnet.formats.dense import DenseCheckpoint
+from axolotl_bitnet.formats.export import export_mlx, pack_checkpoint, revert_checkpoint
+from axolotl_bitnet.formats.latent import LatentCheckpoint
+from axolotl_bitnet.formats.registry import open_checkpoint
+from axolotl_bitnet.formats.restore import restore_latents
+from axolotl_bitnet.formats.third_party import ForeignPackedCheckpoint
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.model.preflight import preflight
 from axolotl_bitnet.ops import pack_codes
-from axolotl_bitnet.preflight import preflight
+from axolotl_bitnet.storage.atomic import CheckpointError, read_json
+from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from axolotl_bitnet.ternary import dequantize, scale_of, ternarize
 
 
@@ -262,7 +262,7 @@ def test_from_gguf(tiny_model: Build, tmp_path: Path, kind: str) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed")
     from transformers import AutoTokenizer
 
-    from axolotl_bitnet.checkpoint.gguf import export_gguf
+    from axolotl_bitnet.formats.export import export_gguf
 
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     size = -(-len(tokenizer) // 4) * 4

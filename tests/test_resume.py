@@ -25,14 +25,15 @@ from kills import kill_at_every_change
 from runs import TINY, Run, config, preference, train
 from transformers import AutoTokenizer, Trainer, TrainerCallback
 
-from axolotl_bitnet.checkpoint.files import CheckpointError
-from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.stream import INDEX
-from axolotl_bitnet.checkpoint.verify import verify_checkpoint
-from axolotl_bitnet.checkpoint.whole import STATE, problems
-from axolotl_bitnet.integration import plugin as plugin_module
-from axolotl_bitnet.integration.resume import ResumeError, recorded, settle
+from axolotl_bitnet.formats.export import pack_checkpoint
+from axolotl_bitnet.plugin import plugin as plugin_module
+from axolotl_bitnet.plugin.resume import ResumeError, recorded, settle
+from axolotl_bitnet.run_folder import STATE
+from axolotl_bitnet.storage.atomic import CheckpointError
+from axolotl_bitnet.storage.safetensors_stream import INDEX
+from axolotl_bitnet.storage.trainer_checkpoint import problems
 from axolotl_bitnet.ternary import ternarize
+from axolotl_bitnet.verify.verify import verify_checkpoint
 
 pytestmark = pytest.mark.slow
 

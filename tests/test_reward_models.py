@@ -15,9 +15,9 @@ from methods import STEPS, flipped, save_base, settings_of
 from runs import train
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.checkpoint.verify import verify_checkpoint
-from axolotl_bitnet.convert import convert_to_bitlinear
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.verify.verify import verify_checkpoint
 
 pytestmark = pytest.mark.slow
 

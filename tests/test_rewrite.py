@@ -12,18 +12,18 @@ import torch
 from stored import by_hand
 
 import axolotl_bitnet
-from axolotl_bitnet.checkpoint.files import CheckpointError, write_json
-from axolotl_bitnet.checkpoint.formats import open_checkpoint
-from axolotl_bitnet.checkpoint.packed import pack_checkpoint
-from axolotl_bitnet.checkpoint.rewrite import WholeMatrices, rewrite
-from axolotl_bitnet.checkpoint.stream import SINGLE, Entry, SafetensorsWriter
-from axolotl_bitnet.convert import CONFIG_KEY
+from axolotl_bitnet.formats.export import pack_checkpoint
+from axolotl_bitnet.formats.folder_writer import WholeMatrices, rewrite
+from axolotl_bitnet.formats.registry import open_checkpoint
+from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.storage.atomic import CheckpointError, write_json
+from axolotl_bitnet.storage.safetensors_stream import SINGLE, Entry, SafetensorsWriter
 
 MEMORY = """
 import importlib, sys
 import torch
 module, function, source, target = sys.argv[1:]
-write = getattr(importlib.import_module(f"axolotl_bitnet.checkpoint.{module}"), function)
+write = getattr(importlib.import_module(f"axolotl_bitnet.formats.{module}"), function)
 import axolotl_bitnet.checkpoint.formats
 
 def status(key):

@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration as Generation
 
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.convert import convert_to_bitlinear
-from axolotl_bitnet.integration.rollouts import dense_ternary, push_dense_ternary
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.plugin.upstream.trl_vllm import dense_ternary, push_dense_ternary
 
 MakeModel = Callable[..., nn.Module]
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch.distributed.nn.functional import all_gather as gather_with_gradients
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.convert import convert_to_bitlinear
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model.convert import convert_to_bitlinear
 
 
 @pytest.mark.parametrize("cuts", [[5, 13, 1], [19], [8, 11], [1] * 19])

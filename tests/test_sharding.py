@@ -15,10 +15,10 @@ import torch.distributed as dist
 from test_fsdp2 import Block, batch, build, reference, train
 from torch import nn
 
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.fingerprint import Fingerprint, fingerprint_model
-from axolotl_bitnet.preflight import preflight
-from axolotl_bitnet.sharding import whole_weights
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model.fingerprint import Fingerprint, fingerprint_model
+from axolotl_bitnet.model.preflight import preflight
+from axolotl_bitnet.model.whole_weights import whole_weights
 from axolotl_bitnet.ternary import dequantize, ternarize
 
 WORLD = 2

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef
 
 from axolotl_bitnet import ops, ternary
-from axolotl_bitnet.bitlinear import share_codes, shared_codes
+from axolotl_bitnet.layers.bitlinear import share_codes, shared_codes
 
 
 @pytest.fixture

@@ -12,10 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from axolotl_bitnet.checkpoint import stream
-from axolotl_bitnet.checkpoint.files import CheckpointError, read_json, whole_folder, write_json
-from axolotl_bitnet.checkpoint.stream import DTYPES, INDEX, SINGLE, CheckpointReader, Entry, SafetensorsWriter
-from axolotl_bitnet.checkpoint.threads import row_ranges
+from axolotl_bitnet.storage import safetensors_stream as stream
+from axolotl_bitnet.storage.atomic import CheckpointError, read_json, whole_folder, write_json
+from axolotl_bitnet.storage.parallel import row_ranges
+from axolotl_bitnet.storage.safetensors_stream import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    CheckpointReader,
+    Entry,
+    SafetensorsWriter,
+)
 
 
 def entry(name: str, tensor: Tensor) -> Entry:

@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
 
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
     import study_data
     import study_design
     import study_step
     import study_train
 
     yield type("study", (), dict(data=study_data, design=study_design, step=study_step, train=study_train))
-    for name in ("study_data", "study_design", "study_step", "study_train"):
+    for name in ("study_data", "study_design", "study_step", "study_train", "shared"):
         sys.modules.pop(name)
 
 

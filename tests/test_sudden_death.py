@@ -19,9 +19,9 @@ import torch
 from stored import Build, trained
 from test_bad_input import TINY, contents, every_format
 
-from axolotl_bitnet.checkpoint.files import CheckpointError
-from axolotl_bitnet.checkpoint.formats import Format, open_checkpoint
-from axolotl_bitnet.fingerprint import Fingerprint, fingerprint_model
+from axolotl_bitnet.formats.registry import Format, open_checkpoint
+from axolotl_bitnet.model.fingerprint import Fingerprint, fingerprint_model
+from axolotl_bitnet.storage.atomic import CheckpointError
 
 TRIES = 20
 """For each format, of which there are three at least, twice; half of them are to meet it alive."""

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_bitnet import convert_to_bitlinear, pack_checkpoint, revert_checkpoint
-from axolotl_bitnet.checkpoint.formats import FORMATS
-from axolotl_bitnet.checkpoint.usage import usages
+from axolotl_bitnet.formats.registry import FORMATS
+from axolotl_bitnet.formats.usage import usages
 
 TINY = Path(__file__).parents[1] / "examples" / "falcon-e" / "tiny" / "model"
 ODD = """a "run", it's $HOME's"""

@@ -15,13 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from axolotl_bitnet.checkpoint.artifacts import finish_run
-from axolotl_bitnet.checkpoint.files import CheckpointError, read_json, write_json
-from axolotl_bitnet.checkpoint.packed import pack_checkpoint, pack_codes, unpack_codes
-from axolotl_bitnet.checkpoint.stream import SINGLE
-from axolotl_bitnet.checkpoint.verify import RUN_FILE, VerificationReport, compare, verify_checkpoint
-from axolotl_bitnet.convert import CONFIG_KEY, convert_to_bitlinear
-from axolotl_bitnet.fingerprint import Fingerprint, TensorFingerprint, fingerprint_model
+from axolotl_bitnet.formats.export import pack_checkpoint
+from axolotl_bitnet.formats.packed import pack_codes, unpack_codes
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.fingerprint import Fingerprint, TensorFingerprint, fingerprint_model
+from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.plugin.artifacts import finish_run
+from axolotl_bitnet.run_folder import RUN_FILE
+from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
+from axolotl_bitnet.storage.safetensors_stream import SINGLE
+from axolotl_bitnet.verify.verify import VerificationReport, compare, verify_checkpoint
 
 
 class Run:

@@ -24,11 +24,11 @@ from zoo import (
     make_run,
 )
 
-from axolotl_bitnet.checkpoint.formats import FORMATS
-from axolotl_bitnet.checkpoint.restore import restore_latents
-from axolotl_bitnet.checkpoint.running import PROMPTS
-from axolotl_bitnet.checkpoint.verdict import VerificationReport
-from axolotl_bitnet.checkpoint.verify import verify_checkpoint
+from axolotl_bitnet.formats.registry import FORMATS
+from axolotl_bitnet.formats.restore import restore_latents
+from axolotl_bitnet.verify.logits import PROMPTS
+from axolotl_bitnet.verify.report import VerificationReport
+from axolotl_bitnet.verify.verify import verify_checkpoint
 
 KINDS = ["latents", *MADE]
 
@@ -145,7 +145,7 @@ def test_it_runs_as_trained(run: Path, kind: str) -> None:
 
 def test_a_model_that_runs_otherwise_is_found(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stored the same, but transformers computes another: here, with one value of the embedding changed."""
-    from axolotl_bitnet.checkpoint import running
+    from axolotl_bitnet.verify import logits as running
 
     load = running._LOADERS["packed"]
 

@@ -13,8 +13,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from axolotl_bitnet.checkpoint.stream import INDEX, SINGLE
-from axolotl_bitnet.checkpoint.whole import STATE, checkpoints, forget, problems
+from axolotl_bitnet.run_folder import STATE
+from axolotl_bitnet.storage.safetensors_stream import INDEX, SINGLE
+from axolotl_bitnet.storage.trainer_checkpoint import checkpoints, forget, problems
 
 Make = Callable[[Path], Path]
 

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from axolotl_bitnet.checkpoint.artifacts import finish_run
-from axolotl_bitnet.checkpoint.formats import FORMATS
-from axolotl_bitnet.checkpoint.gguf_blocks import decode_blocks, encode_blocks
-from axolotl_bitnet.checkpoint.mlx import pack_words, unpack_words
-from axolotl_bitnet.checkpoint.packed import pack_codes, unpack_codes
-from axolotl_bitnet.checkpoint.stream import SINGLE
-from axolotl_bitnet.convert import convert_to_bitlinear
-from axolotl_bitnet.fingerprint import fingerprint_model
+from axolotl_bitnet.formats.gguf.blocks import decode_blocks, encode_blocks
+from axolotl_bitnet.formats.mlx import pack_words, unpack_words
+from axolotl_bitnet.formats.packed import pack_codes, unpack_codes
+from axolotl_bitnet.formats.registry import FORMATS
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.fingerprint import fingerprint_model
+from axolotl_bitnet.plugin.artifacts import finish_run
+from axolotl_bitnet.storage.safetensors_stream import SINGLE
 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "falcon-e" / "tiny"
 HAS_GGUF = importlib.util.find_spec("gguf") is not None

@@ -11,33 +11,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bitlinear import BitLinear
-    from .checkpoint.dense import revert_checkpoint
-    from .checkpoint.gguf import export_gguf
-    from .checkpoint.packed import pack_checkpoint
-    from .checkpoint.restore import restore_latents
-    from .checkpoint.verdict import VerificationReport
-    from .checkpoint.verify import verify_checkpoint
-    from .convert import convert_to_bitlinear
-    from .integration.plugin import BitNetPlugin
+    from .formats.export import export_gguf, pack_checkpoint, revert_checkpoint
+    from .formats.registry import open_checkpoint
+    from .formats.restore import restore_latents
+    from .layers.bitlinear import BitLinear
+    from .layers.weight_codes import weights_unchanged
+    from .model.convert import convert_to_bitlinear
+    from .plugin.plugin import BitNetPlugin
     from .ternary import quantize_activations, ternarize
+    from .training.monitor.figures import observe
     from .training.ramp import set_ramp
+    from .verify.report import VerificationReport
+    from .verify.verify import verify_checkpoint
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BitLinear": "bitlinear",
-    "BitNetPlugin": "integration.plugin",
-    "VerificationReport": "checkpoint.verdict",
-    "convert_to_bitlinear": "convert",
-    "export_gguf": "checkpoint.gguf",
-    "pack_checkpoint": "checkpoint.packed",
+    "BitLinear": "layers.bitlinear",
+    "BitNetPlugin": "plugin.plugin",
+    "VerificationReport": "verify.report",
+    "convert_to_bitlinear": "model.convert",
+    "export_gguf": "formats.export",
+    "observe": "training.monitor.figures",
+    "open_checkpoint": "formats.registry",
+    "pack_checkpoint": "formats.export",
     "quantize_activations": "ternary",
-    "restore_latents": "checkpoint.restore",
-    "revert_checkpoint": "checkpoint.dense",
+    "restore_latents": "formats.restore",
+    "revert_checkpoint": "formats.export",
     "set_ramp": "training.ramp",
     "ternarize": "ternary",
-    "verify_checkpoint": "checkpoint.verify",
+    "weights_unchanged": "layers.weight_codes",
+    "verify_checkpoint": "verify.verify",
 }
 
 __all__ = [
@@ -46,6 +50,8 @@ __all__ = [
     "VerificationReport",
     "convert_to_bitlinear",
     "export_gguf",
+    "observe",
+    "open_checkpoint",
     "pack_checkpoint",
     "quantize_activations",
     "restore_latents",
@@ -53,6 +59,7 @@ __all__ = [
     "set_ramp",
     "ternarize",
     "verify_checkpoint",
+    "weights_unchanged",
 ]
 
 

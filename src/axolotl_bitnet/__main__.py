@@ -1,5 +1,5 @@
 """`python -m axolotl_bitnet`: the command line without the `axolotl` executable."""
 
-from .integration.cli import main
+from .cli.main import main
 
 main(prog_name="python -m axolotl_bitnet")

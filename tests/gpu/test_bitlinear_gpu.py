@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from axolotl_bitnet.bitlinear import BitLinear, bitlinear
-from axolotl_bitnet.fingerprint import fingerprint_codes
+from axolotl_bitnet.layers.bitlinear import BitLinear, bitlinear
+from axolotl_bitnet.model.fingerprint import fingerprint_codes
 from axolotl_bitnet.ternary import matmul_codes, quantize_activations, ternarize
 
 pytestmark = [

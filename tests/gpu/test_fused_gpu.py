@@ -10,9 +10,10 @@ import torch
 from layers import close, gradients, kinds, mlps, norms, run_module
 from torch import Tensor, nn
 
-from axolotl_bitnet import ops, plain, ternary
-from axolotl_bitnet.bitlinear import BitLinear
-from axolotl_bitnet.convert import convert_to_bitlinear
+from axolotl_bitnet import ops, ternary
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.ops import plain
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from axolotl_bitnet import convert_to_bitlinear
-from axolotl_bitnet.fingerprint import fingerprint_model
-from axolotl_bitnet.training.gather import gather_ternary
+from axolotl_bitnet.model.fingerprint import fingerprint_model
+from axolotl_bitnet.training.fsdp2_gather import gather_ternary
 
 WORLD = 2
 pytestmark = [

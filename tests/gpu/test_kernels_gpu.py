@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from axolotl_bitnet import ops, plain, ternary
+from axolotl_bitnet import ops, ternary
+from axolotl_bitnet.ops import plain
 
 pytestmark = [
     pytest.mark.gpu,
@@ -198,7 +199,7 @@ def test_product(columns: int, out: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", ROWS)
 def test_both_paths_of_the_product(rows: int) -> None:
     """Pointers, as on Ampere and Ada, and TMA where there is some."""
-    from axolotl_bitnet.kernels import matmul as kernel
+    from axolotl_bitnet.ops.kernels import matmul as kernel
 
     codes_w, s, _ = plain.ternarize(torch.randn(640, 2560, device="cuda") * 0.02)
     codes_x, r = rows_codes(rows, 2560)
@@ -377,7 +378,7 @@ def test_a_long_weight() -> None:
 
 
 def test_what_is_compared_are_two_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
-    from axolotl_bitnet.kernels import weights
+    from axolotl_bitnet.ops.kernels import weights
 
     launched = []
     original = weights.launch

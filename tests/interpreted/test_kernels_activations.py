@@ -6,8 +6,9 @@ import pytest
 import torch
 from kernel_cases import activations, all_same, by_dtype, by_name, last_bits, same
 
-from axolotl_bitnet import plain, ternary
-from axolotl_bitnet.kernels import activations as kernel
+from axolotl_bitnet import ternary
+from axolotl_bitnet.ops import plain
+from axolotl_bitnet.ops.kernels import activations as kernel
 
 
 @by_dtype

@@ -11,8 +11,9 @@ import torch
 from kernel_cases import DTYPES, by_dtype, same
 from torch import Tensor
 
-from axolotl_bitnet import plain, ternary
-from axolotl_bitnet.kernels import matmul as kernel
+from axolotl_bitnet import ternary
+from axolotl_bitnet.ops import plain
+from axolotl_bitnet.ops.kernels import matmul as kernel
 
 TMA = [
     kernel.Tiles(16, 16, 32, 1, 1),

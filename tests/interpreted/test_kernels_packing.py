@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernel_cases import same
 
-from axolotl_bitnet import plain
-from axolotl_bitnet.kernels import packing as kernel
+from axolotl_bitnet.ops import plain
+from axolotl_bitnet.ops.kernels import packing as kernel
 
 
 @pytest.mark.parametrize("rows", [4, 12, 128])

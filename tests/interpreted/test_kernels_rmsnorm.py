@@ -12,8 +12,9 @@ from kernel_cases import (
     mild_activations,
 )
 
-from axolotl_bitnet import plain, ternary
-from axolotl_bitnet.kernels import rmsnorm as kernel
+from axolotl_bitnet import ternary
+from axolotl_bitnet.ops import plain
+from axolotl_bitnet.ops.kernels import rmsnorm as kernel
 
 EPS = 1e-6
 

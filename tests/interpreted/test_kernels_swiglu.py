@@ -17,8 +17,9 @@ from kernel_cases import (
 from torch import Tensor
 from torch.nn.functional import silu
 
-from axolotl_bitnet import plain, ternary
-from axolotl_bitnet.kernels import swiglu as kernel
+from axolotl_bitnet import ternary
+from axolotl_bitnet.ops import plain
+from axolotl_bitnet.ops.kernels import swiglu as kernel
 
 
 def operands(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,9 @@ import torch
 from kernel_cases import all_same, by_dtype, same
 from torch import Tensor
 
-from axolotl_bitnet import plain, ternary
-from axolotl_bitnet.kernels import weights as kernel
+from axolotl_bitnet import ternary
+from axolotl_bitnet.ops import plain
+from axolotl_bitnet.ops.kernels import weights as kernel
 
 
 def matrices() -> dict[str, Tensor]:

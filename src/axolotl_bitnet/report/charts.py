@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .sources import Layer, Run, number, row_and_column
+from .run_files import Layer, Run, number, row_and_column
 
 _POINTS = 300  # more are not seen, and weigh; neighbours are averaged
 

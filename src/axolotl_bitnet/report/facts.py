@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from ..checkpoint.artifacts import weight_bytes
-from .plots import show
-from .sources import Run, number
+from ..formats.usage import usages
+from ..storage.safetensors_stream import weight_bytes
+from .draw import show
+from .run_files import Run, number
 
 PROVEN, UNPROVEN, WRONG, FAILED = "verified", "not verified", "NOT the trained model", "not made"
 
@@ -181,3 +183,22 @@ def _time(run: Run) -> str | None:
     if not seconds or run.record.get("resumed_at"):  # the Trainer times the last part alone
         return None
     return str(timedelta(seconds=round(seconds[-1])))
+
+
+def commands(run: Run) -> list[dict[str, str]]:
+    """``title`` and ``text`` of what to type, for the artifacts there are, then for checking and going on."""
+    found = []
+    entries: Any = run.bitnet.get("artifacts")
+    for name, entry in (entries if isinstance(entries, dict) else {}).items():
+        path = entry.get("path") if isinstance(entry, dict) else None
+        if not isinstance(path, str) or entry.get("verified") is False:
+            continue
+        where = str(run.folder / path)
+        if ways := usages(str(name), where):
+            found += [{"title": way.title, "text": way.text} for way in ways]
+            check = f"axolotl bitnet verify {shlex.quote(where)}"
+            found.append({"title": f"Is {name} still the model that trained?", "text": check})
+    if run.bitnet:
+        text = f"base_model: {run.folder}\nplugins:\n  - axolotl_bitnet.BitNetPlugin\nuse_onebitllms: true"
+        found.append({"title": "Train on from the latents: in the next config", "text": text})
+    return found

@@ -8,13 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.artifacts import REPORT
-from ..checkpoint.files import whole_folder
+from ..run_folder import REPORT
+from ..storage.atomic import whole_folder
 from .charts import Chart, Grid, Series, charts, grids, others
-from .facts import artifacts, facts, summary, tiles, verdict
-from .plots import COLOURS, png, show, svg
-from .sources import Layer, ReportError, Run, read_run
-from .usage import commands
+from .draw import COLOURS, png, show, svg
+from .facts import artifacts, commands, facts, summary, tiles, verdict
+from .run_files import Layer, ReportError, Run, read_run
 
 PAGE = "index.html"
 _NEEDED = {"jinja2": "jinja2", "matplotlib": "matplotlib", "yaml": "PyYAML"}

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-RUN_LOG = "run.json"
 HIDDEN = "(hidden)"
 
 _PACKAGES = (

@@ -1,1 +1,4 @@
-"""What happens to latents between loading and saving. Imports nothing from checkpoint or integration."""
+"""What happens between loading and saving: latents, ramp, gathered codes, monitor, the Trainer's log.
+
+It knows torch and transformers' Trainer, not Axolotl.
+"""

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..code_cache import forget_codes, keep_codes
+from ..layers.weight_codes import forget_codes, keep_codes
 
 
 class KeepCodes(TrainerCallback):

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..bitlinear import BitLinear
-from ..fingerprint import clean_name
+from ..layers.bitlinear import BitLinear
+from ..model.fingerprint import clean_name
 
 
 def upcast_trainable(model: nn.Module) -> int:

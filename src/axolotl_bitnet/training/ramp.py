@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..bitlinear import BitLinear
-from ..convert import CONFIG_KEY, RAMP_KEY, too_short
+from ..layers.bitlinear import BitLinear
+from ..model.layer_plan import CONFIG_KEY, RAMP_KEY, too_short
 
 
 def lambda_at(step: int, ramp_steps: int) -> float:

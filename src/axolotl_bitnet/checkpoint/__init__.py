@@ -1,2 +1,0 @@
-"""Checkpoint formats, one a file: write it, and read its codes back. Imports nothing from training or
-integration."""

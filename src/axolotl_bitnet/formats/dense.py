@@ -1,0 +1,110 @@
+"""Dense checkpoints: ``bf16(codes / s)``, a plain bfloat16 model that anything can load.
+
+What vLLM, SGLang and converters eat. Each ternary matrix has one magnitude, ``m = bf16(1 / s)``, so its codes
+are the signs, and ``s = bf16(1 / m)`` again: true of every ``s`` that the definition makes. Quantizing such
+a matrix anew would shrink its scale to the share of its non-zeros; reading it back here does not. All other
+tensors are stored in bfloat16, which leaves bfloat16 ones untouched.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..model.layer_plan import CONFIG_KEY, Plan
+from ..storage.atomic import CheckpointError, read_json
+from ..storage.safetensors_stream import CheckpointReader, Entry
+from ..ternary import EPSILON, scale_of
+from .checkpoint import TernaryCheckpoint
+from .config_json import DENSE, FORMAT, read_plan
+from .folder_writer import WholeMatrices
+
+
+def magnitude_of(codes: Tensor, s: Tensor) -> Tensor:
+    """``bf16(1 / s)``, shape (1,): the magnitude that stands for ``s`` where only weights are stored.
+
+    Raises:
+        ValueError: ``s`` could not be read back from it.
+    """
+    magnitude = s.to(torch.float32).reciprocal().to(torch.bfloat16)
+    if not torch.equal(scale_of(magnitude), s):
+        raise ValueError(
+            f"its scale {float(s):g} is not bf16(1 / bf16(g)) of any g, so bfloat16 weights cannot carry it; "
+            "restored latents can, with the nearest scale that trains (`axolotl bitnet restore`)"
+        )
+    if not bool(codes.any()) and not torch.equal(s, _ZERO_SCALE):
+        raise ValueError(f"all its codes are zero, which leaves no trace of its scale {float(s):g}")
+    return magnitude
+
+
+_ZERO_SCALE = scale_of(torch.tensor(EPSILON))
+"""The scale of a matrix whose codes are all zero: the definition has no other for it."""
+
+
+class DenseLayout(WholeMatrices):
+    def entries(self, weight: Entry) -> list[Entry]:
+        return [Entry(weight.name, torch.bfloat16, weight.shape)]
+
+    def tensors(self, weight: Entry, codes: Tensor, s: Tensor) -> list[Tensor]:
+        return [codes.to(torch.bfloat16).mul_(magnitude_of(codes, s))]
+
+
+class DenseCheckpoint(TernaryCheckpoint):
+    """A dense ternary folder, its codes and scales read from the weights.
+
+    Args:
+        folder: where it is.
+        names: its ternary layers, if its config does not list them.
+
+    Raises:
+        CheckpointError: the folder is not what :func:`revert_checkpoint` writes; later, at
+            :meth:`codes`: a layer has more than one magnitude, or a NaN.
+    """
+
+    def __init__(self, folder: str | Path, names: Plan | None = None):
+        self.folder = self.companions = Path(folder)
+        path = self.folder / "config.json"
+        self.config = read_json(path)
+        if names is None:
+            names = read_plan(self.config, path)
+            entry = dict(self.config[CONFIG_KEY])
+            if entry.pop(FORMAT, None) != DENSE:
+                raise CheckpointError(f"{path} is not a dense revert's ('{CONFIG_KEY}': format 'dense')")
+            self.config[CONFIG_KEY] = entry
+        self.names = names
+        self._reader = CheckpointReader(self.folder)
+        self.entries = self._reader.entries
+        self.keys = {name: f"{names.stem(name, self.entries)}.weight" for name in names.converted}
+        for key in self.keys.values():
+            found = self.entries.get(key)
+            if found is None or not found.dtype.is_floating_point or len(found.shape) != 2:
+                raise CheckpointError(f"{self.folder} has no floating-point matrix '{key}', a ternary layer")
+
+    def codes(self, name: str) -> tuple[Tensor, Tensor]:
+        key = self.keys[name]
+        found = read_signs(self._reader, key)
+        if found is None:
+            raise CheckpointError(
+                f"{self.folder}: '{key}' is not ternary any more: it has more than one magnitude, or a NaN"
+            )
+        return found
+
+    def tensor(self, key: str) -> Tensor:
+        return self._reader.tensor(key)
+
+
+def read_signs(reader: CheckpointReader, key: str) -> tuple[Tensor, Tensor] | None:
+    """Codes and ``s`` of a dense ternary matrix, read by blocks of rows; None if it is not one."""
+    codes = torch.empty(reader.entries[key].shape, dtype=torch.int8)
+    magnitude, row = torch.zeros(()), 0
+    for block in reader.row_blocks(key):
+        size = block.abs().to(torch.float32)
+        largest = size.amax() if size.numel() else magnitude
+        magnitude = largest if not bool(magnitude) else magnitude
+        if not bool(torch.isfinite(magnitude)) or not bool(((size == 0) | (size == magnitude)).all()):
+            return None
+        codes[row : row + block.shape[0]] = torch.sign(block)
+        row += block.shape[0]
+    return codes, scale_of(magnitude) if bool(magnitude) else _ZERO_SCALE.clone()

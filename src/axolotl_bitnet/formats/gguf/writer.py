@@ -1,0 +1,238 @@
+"""GGUF files for llama.cpp: written directly from the codes, and read back as codes.
+
+Ternary layers are TQ2_0 (2.06 bits a weight) or TQ1_0 (1.69), with the fp16 reciprocal of the scale that
+trained in every block; norms and biases are float32, as llama.cpp wants them; everything else is bfloat16,
+unless asked otherwise. Nothing is quantized again, so the codes in the file are the trained ones, and so is s
+(:mod:`.gguf_blocks`). The config of the trained model lies in the metadata: files written here are read back
+whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...storage.atomic import CheckpointError, disk_errors, require_space, whole_file
+from ...storage.parallel import one_thread
+from ...storage.progress import begin
+from ..checkpoint import TernaryCheckpoint
+from . import architecture as llama
+from .blocks import BLOCK, encode_blocks, scale_to_fp16
+from .library import library
+from .metadata import metadata_of, rope_factors
+from .reader import CONFIG, GGUFCheckpoint
+from .tokenizer import Vocabulary, read_vocabulary
+
+LOG = logging.getLogger(__name__)
+TYPES = ("tq2_0", "tq1_0")
+EMBEDDINGS = ("bf16", "f16", "q8_0")
+_ELEMENTS = 1 << 22  # converted at a time
+
+__all__ = ["EMBEDDINGS", "TYPES", "GGUFCheckpoint", "write_gguf"]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor to write: its name here and there, its type there, and the layer if it is ternary."""
+
+    key: str
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    layer: str | None = None
+
+
+def write_gguf(
+    source: TernaryCheckpoint,
+    target: Path,
+    type: str = "tq2_0",
+    overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
+    embeddings: str = "bf16",
+) -> None:
+    """Write an opened model as one GGUF file; :func:`axolotl_bitnet.formats.export.export_gguf` says more."""
+    library()
+    if type not in TYPES or embeddings not in EMBEDDINGS:
+        raise CheckpointError(
+            f"type '{type}' with embeddings '{embeddings}': types are {', '.join(TYPES)}, embeddings "
+            f"{', '.join(EMBEDDINGS)}"
+        )
+    if target.resolve() == source.folder.resolve():
+        raise CheckpointError(f"{target} would replace what it is written from: name another file")
+    architecture = llama.architecture_of(source.config)
+    metadata = metadata_of(architecture, source.config)
+    parts = _plan(source, architecture, type, embeddings)
+    vocabulary = read_vocabulary(source.companions, llama.shape_of(source.config).vocabulary)
+    with one_thread(), disk_errors(target), whole_file(target, overwrite) as work:
+        _write(work, source, architecture, parts, metadata, vocabulary, type)
+        if check is not None:
+            check(work)
+
+
+def _plan(
+    source: TernaryCheckpoint, architecture: llama.Architecture, type: str, embeddings: str
+) -> list[_Part]:
+    """What to write, in transformers' order.
+
+    Raises:
+        CheckpointError: a tensor is missing, has a shape that the config does not give it, or has no place.
+    """
+    where, tied = source.folder, bool(source.config.get("tie_word_embeddings"))
+    known = llama.tensors_of(architecture, llama.shape_of(source.config))
+    layers = {key: name for name, key in source.keys.items()}
+    parts: list[_Part] = []
+    as_f16: list[str] = []
+    for key, entry in source.entries.items():
+        if key.endswith("rotary_emb.inv_freq") or (tied and key == llama.HEAD):
+            continue
+        if key not in known:
+            raise CheckpointError(
+                f"{where}: llama.cpp has no place for '{key}' in a {architecture.ggml} model"
+            )
+        name, shape = known[key]
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{where}: '{key}' has shape {list(entry.shape)}, its config says {list(shape)}"
+            )
+        kind = "bf16"
+        if key in layers:
+            kind = type if shape[1] % BLOCK == 0 else "f16"
+            as_f16 += [] if kind == type else [key]
+        elif len(shape) == 1:
+            kind = "f32"
+        elif key in (llama.EMBEDDING, llama.HEAD):
+            kind = embeddings if embeddings != "q8_0" or shape[1] % 32 == 0 else "bf16"
+            if kind != embeddings:
+                LOG.warning("%s: rows of %d are no multiple of 32: bf16, not q8_0", key, shape[1])
+        parts.append(_Part(key, name, kind, shape, layers.get(key)))
+    optional = {key for key in known if key.endswith(".bias")} | ({llama.HEAD} if tied else set())
+    if missing := sorted(known.keys() - optional - {part.key for part in parts}):
+        raise CheckpointError(f"{where} has no '{missing[0]}', which its architecture needs")
+    if as_f16:
+        LOG.warning(
+            "%d ternary layers have rows that are no multiple of %d and are written as F16, exact but not "
+            "small: %s",
+            *(len(as_f16), BLOCK, ", ".join(as_f16[:4]) + (", ..." if len(as_f16) > 4 else "")),
+        )
+    return parts
+
+
+def _write(
+    path: Path,
+    source: TernaryCheckpoint,
+    architecture: llama.Architecture,
+    parts: list[_Part],
+    metadata: dict[str, int | float | str],
+    vocabulary: Vocabulary,
+    type: str,
+) -> None:
+    gguf = library()
+    writer = gguf.GGUFWriter(path, architecture.ggml)
+    writer.add_type("model")
+    writer.add_name(source.companions.resolve().name)  # of the path no more, for the file travels
+    writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{type.upper()}"))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, value in metadata.items():
+        _add(writer, key, value)
+    _add(writer, CONFIG, json.dumps(source.config, ensure_ascii=False, separators=(",", ":")))
+    _add_vocabulary(writer, vocabulary)
+    factors = rope_factors(source.config)
+    if factors is not None:
+        shape = (factors.numel(),)
+        writer.add_tensor_info(llama.ROPE_FREQS, shape, np.dtype(np.float32), factors.nbytes)
+    total = 0
+    for part in parts:
+        kind = getattr(gguf.GGMLQuantizationType, part.kind.upper())
+        elements, size = gguf.GGML_QUANT_SIZES[kind]
+        nbytes = int(np.prod(part.shape)) // elements * size
+        writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+        total += nbytes
+    require_space(path.parent, total)
+    advance = begin(f"writing {type.upper()}", total)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors.numpy())
+        for part in parts:
+            stored = _stored(source, architecture, part)
+            writer.write_tensor_data(stored)
+            advance(stored.nbytes)
+    finally:
+        writer.close()
+
+
+def _stored(source: TernaryCheckpoint, architecture: llama.Architecture, part: _Part) -> np.ndarray[Any, Any]:
+    """A tensor as bytes, uint8, in the order of rows that llama.cpp expects."""
+    order = llama.row_order(architecture, llama.shape_of(source.config), part.key)
+    if part.layer is None:
+        tensor = source.tensor(part.key)
+        return _dense(tensor if order is None else tensor[order], part, source.folder)
+    codes, s = source.codes(part.layer)
+    if not bool(torch.isfinite(s)):
+        raise CheckpointError(f"{source.folder}: '{part.key}' holds a NaN or an Inf and has no codes")
+    try:
+        d = scale_to_fp16(s)
+    except ValueError as error:
+        raise CheckpointError(f"{source.folder}: '{part.key}': {error}") from None
+    if part.kind == "f16" and not bool(codes.any()):
+        raise CheckpointError(
+            f"{source.folder}: every code of '{part.key}' is zero, and F16 would lose its scale"
+        )
+    rows = codes.shape[0]
+    order = torch.arange(rows) if order is None else order
+    blocks = []
+    for some in order.split(max(1, _ELEMENTS // codes.shape[1])):
+        block = codes[some]
+        stored = block * d if part.kind == "f16" else encode_blocks(block, d, part.kind)
+        blocks.append(stored.view(torch.uint8))
+    return torch.cat(blocks).numpy()
+
+
+def _dense(tensor: Tensor, part: _Part, where: Path) -> np.ndarray[Any, Any]:
+    if part.kind == "q8_0":
+        gguf = library()
+        kind = gguf.GGMLQuantizationType.Q8_0
+        blocks = tensor.split(max(1, _ELEMENTS // part.shape[1]))
+        return np.concatenate([gguf.quantize(block.to(torch.float32).numpy(), kind) for block in blocks])
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[part.kind]
+    stored = tensor.to(dtype)
+    if part.kind == "f16" and not bool(torch.isfinite(stored).all()):
+        raise CheckpointError(f"{where}: '{part.key}' holds values beyond fp16's range: write it as bf16")
+    return stored.contiguous().view(torch.uint8).numpy()
+
+
+def _add(writer: Any, key: str, value: int | float | str | bool) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    for key, value in vocabulary.numbers.items():
+        _add(writer, f"tokenizer.ggml.{key}", value)
+    templates = [{"name": name, "template": text} for name, text in vocabulary.templates.items()]
+    if templates:
+        writer.add_chat_template(templates)

@@ -1,0 +1,174 @@
+"""Ternary models that others wrote: no list of ternary layers in the config, and two meanings of a scale.
+
+**Packed** (`quant_method: bitnet`): the bytes are those of :mod:`.packed`. onebitllms (Falcon-E) and
+everything that names the class `bitlinear`, or none, divides by ``weight_scale``; Microsoft's `autobitlinear`
+multiplies, so that ``s = bf16(1 / weight_scale)``. A config of the architecture `bitnet` that names no class
+can only be Microsoft's: no other program packs its sub-norms. **Dense** (the "prequantized" Falcon3): one
+magnitude a matrix.
+
+Which layers are ternary, the stored tensors say; which others are linear, the architecture, built without
+weights from config.json and from transformers' own code alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.layer_plan import CONFIG_KEY, ConversionError, Plan, plan_conversion
+from ..ops import unpack_codes
+from ..ops.plain import ROWS_PER_BYTE
+from ..storage.atomic import CheckpointError, read_json
+from ..storage.safetensors_stream import CheckpointReader, Entry
+from ..ternary import DEFINITION
+from .checkpoint import TernaryCheckpoint
+from .dense import DenseCheckpoint, read_signs
+
+
+class ForeignPackedCheckpoint(TernaryCheckpoint):
+    """A folder that another program packed. Scales are read as bfloat16.
+
+    Raises:
+        CheckpointError: it is not packed in a way known here, or says that a layer does more than the
+            definition.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = self.companions = Path(folder)
+        path = self.folder / "config.json"
+        config = read_json(path)
+        quantization = config.pop("quantization_config", None) or {}
+        self._multiplies = multiplies(quantization, config, path)
+        self._reader = CheckpointReader(self.folder)
+        stored = self._reader.entries
+        packed = [
+            key.removesuffix(".weight")
+            for key, entry in stored.items()
+            if key.endswith(".weight") and entry.dtype == torch.uint8
+        ]
+        if not packed:
+            raise CheckpointError(f"{self.folder} says it is packed, but holds no uint8 weight")
+        architecture = linear_layers(config, path)
+        if strangers := sorted(set(packed) - set(architecture.converted)):
+            raise CheckpointError(
+                f"{self.folder}: '{strangers[0]}' is packed, but is no layer that becomes ternary in a "
+                f"{config.get('model_type')} model ({len(strangers)} such layers)"
+            )
+        ternary = set(packed)
+        for name in packed:
+            weight, scale = stored[f"{name}.weight"], stored.get(f"{name}.weight_scale")
+            if len(weight.shape) != 2 or scale is None or scale.shape not in ((1,), ()):
+                raise CheckpointError(f"{self.folder}: '{name}' has no weight_scale of shape [1]")
+            if self._multiplies and f"{name}.bias" in stored:
+                raise CheckpointError(
+                    f"{self.folder}: '{name}' has a bias, which `autobitlinear` scales with the weight"
+                )
+        self.names = split(architecture, ternary)
+        self.config = with_names(config, self.names)
+        self.keys = {name: f"{name}.weight" for name in self.names.converted}
+        keys = set(self.keys.values())
+        self.entries = {
+            key: Entry(key, torch.bfloat16, (entry.shape[0] * ROWS_PER_BYTE, entry.shape[1]))
+            if key in keys
+            else entry
+            for key, entry in stored.items()
+            if key in keys or key.removesuffix("_scale") not in keys
+        }
+
+    def codes(self, name: str) -> tuple[Tensor, Tensor]:
+        key = self.keys[name]
+        scale = self._reader.tensor(f"{key}_scale").to(torch.float32).reshape(1)
+        s = scale.reciprocal() if self._multiplies else scale
+        return unpack_codes(self._reader.tensor(key)), s.to(torch.bfloat16)
+
+    def tensor(self, key: str) -> Tensor:
+        return self._reader.tensor(key)
+
+
+def open_foreign_dense(folder: str | Path) -> DenseCheckpoint:
+    """A dense ternary folder whose config does not list its layers. Reads all its matrices to find them.
+
+    Raises:
+        CheckpointError: none of its matrices is ternary.
+    """
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    architecture = linear_layers(config, path)
+    reader = CheckpointReader(folder)
+    ternary = {
+        name
+        for name in architecture.converted
+        if _is_matrix(reader.entries.get(f"{name}.weight")) and read_signs(reader, f"{name}.weight")
+    }
+    if not ternary:
+        raise CheckpointError(
+            f"{folder} is not ternary: none of its {len(architecture.converted)} linear layers has a single "
+            "magnitude. Latents need no restoring; a dense model becomes ternary by training"
+        )
+    found = DenseCheckpoint(folder, split(architecture, ternary))
+    found.config = with_names(config, found.names)
+    return found
+
+
+def linear_layers(config: Mapping[str, Any], path: Path) -> Plan:
+    """The linear layers of the architecture that a config.json describes: those that conversion would make
+    ternary, and the others. Builds the model without weights; runs no code but transformers' own.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture, or it cannot be made ternary.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(f"{path}: transformers has no architecture '{kind}' of its own")
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind].from_dict(plain))
+        return plan_conversion(model)
+    except ConversionError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # whatever an edited config makes transformers raise
+        raise CheckpointError(f"{path}: transformers cannot build this model: {error}") from error
+
+
+def split(architecture: Plan, ternary: set[str]) -> Plan:
+    """The architecture's layers, those not among ``ternary`` dense."""
+    left = [name for name in architecture.converted if name not in ternary]
+    return Plan([name for name in architecture.converted if name in ternary], architecture.dense + left)
+
+
+def with_names(config: Mapping[str, Any], names: Plan) -> dict[str, Any]:
+    """A foreign config as training would have saved it. Code of a hub repository is not copied, and so not
+    named."""
+    kept = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    entry = {"definition": DEFINITION, "converted": names.converted, "dense": names.dense}
+    return kept | {CONFIG_KEY: entry}
+
+
+def multiplies(quantization: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> bool:
+    """Whether a packed model's layers multiply by weight_scale, rather than divide.
+
+    Raises:
+        CheckpointError: they do neither, or more than that.
+    """
+    if quantization.get("quant_method") != "bitnet":
+        raise CheckpointError(f"{path} is not a packed BitNet model's (quant_method bitnet)")
+    if quantization.get("use_rms_norm"):
+        raise CheckpointError(f"{path}: use_rms_norm: its layers normalize inside, which no format here says")
+    microsoft = "autobitlinear" if config.get("model_type") == "bitnet" else "bitlinear"
+    kind = quantization.get("linear_class", microsoft)
+    if kind not in ("bitlinear", "autobitlinear"):
+        raise CheckpointError(f"{path} names an unknown linear_class '{kind}'")
+    if kind == "autobitlinear" and quantization.get("quantization_mode") == "online":
+        raise CheckpointError(f"{path}: quantization_mode online: the weights are latents, ready to train")
+    return bool(kind == "autobitlinear")
+
+
+def _is_matrix(entry: Entry | None) -> bool:
+    return entry is not None and entry.dtype.is_floating_point and len(entry.shape) == 2

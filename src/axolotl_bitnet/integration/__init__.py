@@ -1,1 +1,0 @@
-"""The only folder that imports axolotl: config arguments, plugin hooks, command line."""

@@ -1,0 +1,252 @@
+"""BitLinear: an nn.Linear whose forward is ternary and whose backward goes straight through.
+
+The layer keeps the *latent* weight, the same Parameter object that nn.Linear had, and quantizes it on the
+way. It adds no buffer and no state, so wrappers (FSDP2, DDP, checkpointing, torch.compile) and checkpoints
+see a plain linear.
+
+With ``y = (codes_x . codes_w^T) / (r s)`` the straight-through estimator (Bengio et al. 2013,
+arXiv:1308.3432) gives::
+
+    dX = dY . (codes_w / s)        dW = dY^T . (codes_x / r)        dB = sum dY
+
+No gradient flows through the scales and nothing is masked. Backward needs the codes of x (a byte an element),
+its scales, the weight Parameter itself and its absmean; a copy of the weight would pin every unsharded matrix
+under FSDP, so the codes are made again.
+
+``int8_grad`` computes dX on the int8 tensor cores too: dY is quantized as activations are, a scale a token,
+and the weight is exact in int8 as it is.
+
+On the way from a dense model (``ramp``, lambda < 1) both operands lie between what they were and their codes,
+``(1 - lambda) W + lambda codes / s``, and the products are dense ones; the gradients go straight through, to
+the latents, as above.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import ops
+from .gathered_weight import GatheredWeight
+from .weight_codes import ternarize
+
+_GRADIENT_FLOOR = 1e-30  # of a mean over many tokens, gradients lie far below the floor of activations
+
+
+class BitLinear(nn.Linear):
+    """Linear layer with ternary weights and 8-bit activations, for training and for inference.
+
+    Shapes are nn.Linear's: x (..., in_features) gives (..., out_features) in x's dtype, or in the autocast
+    dtype under autocast. ``weight`` holds the latents (out_features, in_features), float32 or bfloat16.
+    """
+
+    int8_grad: bool = False
+    """Whether the gradient of x is computed from 8-bit dY; set on an instance by the conversion."""
+
+    ramp: Tensor | None = None
+    """lambda < 1, float32 (), written to in place; set by :func:`axolotl_bitnet.training.ramp.set_ramp`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.ramp is not None:
+            return ramped_linear(input, self.weight, self.bias, self.ramp)
+        return bitlinear(input, self.weight, self.bias, self.int8_grad)
+
+
+def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, int8_grad: bool = False) -> Tensor:
+    """Functional form of :class:`BitLinear`.
+
+    Args:
+        x: (..., in_features), floating point, any rank >= 1.
+        weight: latents (out_features, in_features).
+        bias: (out_features,) or None.
+        int8_grad: compute the gradient of x from 8-bit dY.
+
+    Returns:
+        (..., out_features) in x's dtype (the autocast dtype under autocast).
+    """
+    dtype = compute_dtype(x)
+    with no_autocast(x):
+        codes, r = shared_codes(x, dtype)
+        return _BitLinear.apply(x, codes, r, weight, bias, dtype, int8_grad)
+
+
+class _BitLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codes_x: Tensor,
+        r: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        int8_grad: bool,
+    ) -> Tensor:
+        codes_w, s, g = ternarize(weight)
+        ctx.save_for_backward(codes_x, r, weight)
+        ctx.g, ctx.x_dtype, ctx.int8_grad = g, x.dtype, int8_grad  # one number: not worth a saved-tensor hook
+        return ops.matmul(codes_x, r, codes_w, s, bias, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        codes_x, r, weight = ctx.saved_tensors
+        needs_x, _, _, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        dx = dw = db = None
+        with no_autocast(dy):
+            if needs_x:
+                dx = input_gradient(dy, weight, ctx.g, ctx.int8_grad).to(ctx.x_dtype)
+            if needs_weight:
+                dw = weight_gradient(dy, ops.dequantize_activations(codes_x, r, dy.dtype), weight.dtype)
+            if needs_bias:
+                db = dy.flatten(0, -2).sum(0) if dy.dim() > 1 else dy
+        return dx, None, None, dw, db, None, None
+
+
+def ramped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ramp: Tensor) -> Tensor:
+    """:func:`bitlinear` part of the way from a dense layer (ramp 0) to the ternary one (1).
+
+    Raises:
+        RuntimeError: the weight was gathered as codes; there are no latents to mix them with.
+    """
+    if isinstance(weight, GatheredWeight):
+        raise RuntimeError("a ramp mixes codes with latents, and FSDP2 gathers codes only: gather natively")
+    dtype = compute_dtype(x)
+    with no_autocast(x):
+        codes, r = shared_codes(x, dtype)
+        return _Ramped.apply(x, codes, r, weight, bias, ramp.to(x.device), dtype)
+
+
+class _Ramped(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codes_x: Tensor,
+        r: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ramp: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        _, _, g = ternarize(weight)
+        ctx.save_for_backward(x, codes_x, r, weight, ramp)
+        ctx.g, ctx.dtype = g, dtype
+        mixed = _mixed_activations(x, codes_x, r, ramp, dtype)
+        bias = None if bias is None else bias.to(dtype)
+        return nn.functional.linear(mixed, _mixed_weight(weight, g, ramp, dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, codes_x, r, weight, ramp = ctx.saved_tensors
+        needs_x, _, _, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        dx = dw = db = None
+        with no_autocast(dy):
+            if needs_x:
+                dx = (dy @ _mixed_weight(weight, ctx.g, ramp, dy.dtype)).to(x.dtype)
+            if needs_weight:
+                dw = weight_gradient(dy, _mixed_activations(x, codes_x, r, ramp, ctx.dtype), weight.dtype)
+            if needs_bias:
+                db = dy.flatten(0, -2).sum(0) if dy.dim() > 1 else dy
+        return dx, None, None, dw, db, None, None
+
+
+def _mixed_weight(weight: Tensor, g: Tensor, ramp: Tensor, dtype: torch.dtype) -> Tensor:
+    return _mix(weight, ops.dequantized_weight(weight, g, torch.float32), ramp, dtype)
+
+
+def _mixed_activations(x: Tensor, codes: Tensor, r: Tensor, ramp: Tensor, dtype: torch.dtype) -> Tensor:
+    return _mix(x.to(dtype), ops.dequantize_activations(codes, r, torch.float32), ramp, dtype)
+
+
+def _mix(before: Tensor, after: Tensor, ramp: Tensor, dtype: torch.dtype) -> Tensor:
+    """Exactly ``before`` where ramp is 0. Float32 in between: near 0 and 1 one of the two is a small part."""
+    return torch.lerp(before.to(torch.float32), after, ramp).to(dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a layer computes in: autocast's, or x's own."""
+    device = _autocast_device(x)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast would turn float32 codes into bfloat16, in a backward too, and lose the integers."""
+    device = _autocast_device(x)
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _autocast_device(x: Tensor) -> str:
+    return "cpu" if x.is_meta else x.device.type  # autocast knows no meta
+
+
+def input_gradient(dy: Tensor, weight: Tensor, g: Tensor, int8_grad: bool) -> Tensor:
+    """``dY . (codes_w / s)``, (..., in_features) in dY's dtype."""
+    if int8_grad:
+        codes, r = ops.quantize_activations(dy, dy.dtype, _GRADIENT_FLOOR)
+        return ops.matmul(codes, r, *ops.transposed_codes(weight, g), None, dy.dtype)
+    return dy @ ops.dequantized_weight(weight, g, dy.dtype)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``dY^T . x`` summed over tokens, (out_features, in_features) as ``dtype``."""
+    rows = dy.reshape(-1, dy.shape[-1]).t()
+    x = x.reshape(-1, x.shape[-1])
+    if x.is_cuda and dtype == torch.float32 and x.dtype != dtype:
+        return torch.mm(rows, x, out_dtype=dtype)  # the accumulator as it is: no rounding, and no cast
+    return (rows @ x).to(dtype)
+
+
+def shared_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and scales of ``x.to(dtype)``, made once for all layers that read the same tensor.
+
+    They hang on the tensor object, which q, k and v (or gate and up) get in turn, and go with it. A write
+    through ``x.data`` between two readers goes unseen. Only for a tensor of the graph: another may be the
+    output of a CUDA graph, whose replays write to it unseen. Off in inference mode (no versions there) and
+    under torch.compile (which finds common subexpressions itself).
+    """
+    if torch.compiler.is_compiling() or x.is_inference():
+        return ops.quantize_activations(x.detach(), dtype)
+    held = getattr(x, _HELD, None)
+    if held is not None and held.owner() is x and held.version == x._version and held.dtype == dtype:
+        return held.codes, held.r
+    codes, r = ops.quantize_activations(x.detach(), dtype)
+    if x.requires_grad:
+        share_codes(x, dtype, codes, r)
+    return codes, r
+
+
+def share_codes(x: Tensor, dtype: torch.dtype, codes: Tensor, r: Tensor) -> None:
+    """Leave on x the codes and scales of ``x.to(dtype)``, for :func:`shared_codes`."""
+    setattr(x, _HELD, _Held(weakref.ref(x), x._version, dtype, codes, r))
+
+
+_HELD = "_axolotl_bitnet_codes"
+
+
+@dataclass(slots=True)
+class _Held:
+    """What hangs on a tensor. Copies and pickles of the tensor go without: their versions start anew."""
+
+    owner: weakref.ref[Tensor]
+    version: int
+    dtype: torch.dtype
+    codes: Tensor
+    r: Tensor
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,199 @@
+"""Llama's SwiGLU MLP and RMSNorm, fused with the quantization that follows them.
+
+Both write a tensor only for a BitLinear to read and quantize it. Fused, the MLP never writes ``silu(gate) *
+up`` (nor keeps it for backward: it is computed again from gate and up), and the norm quantizes its output
+while it has it. The parameters stay where they were, under the same names, and the codes are those of the
+unfused layers: what changes is traffic and memory.
+
+Recognized by class name, in transformers' own version and in Liger's. A module falls back to the unfused
+formula whenever something watches or manages its parts: hooks, parameters that are not there (ZeRO-3), a ramp
+under way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import ops
+from .bitlinear import (
+    BitLinear,
+    compute_dtype,
+    input_gradient,
+    no_autocast,
+    share_codes,
+    shared_codes,
+    weight_gradient,
+)
+from .weight_codes import ternarize
+
+_MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "LigerSwiGLUMLP"}
+_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "LigerRMSNorm"}
+_BEFORE_LINEARS = {"input_layernorm", "post_attention_layernorm"}
+
+
+def fuse_layers(model: nn.Module) -> int:
+    """Fuse what can be, in place, by swapping classes. Call it on a converted model.
+
+    Returns:
+        How many modules were fused.
+    """
+    count = 0
+    for name, module in model.named_modules():
+        if _is_swiglu(module):
+            module.__class__ = SwiGLU
+        elif name.rsplit(".", 1)[-1] in _BEFORE_LINEARS and _is_rmsnorm(module):
+            module.__class__ = RMSNorm
+        else:
+            continue
+        count += 1
+    return count
+
+
+class SwiGLU(nn.Module):
+    """``down_proj(silu(gate_proj(x)) * up_proj(x))``, ternary, as one autograd function."""
+
+    gate_proj: BitLinear
+    up_proj: BitLinear
+    down_proj: BitLinear
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (self.gate_proj, self.up_proj, self.down_proj)
+        if not all(map(_is_bare, parts)):
+            return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up, down = (part.weight for part in parts)
+        return swiglu(x, gate, up, down, self.down_proj.int8_grad)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm that leaves the codes of its output on it, for the linear layers that read it."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x, eps = hidden_states, self.variance_epsilon
+        if torch.compiler.is_compiling() or x.dtype != self.weight.dtype:
+            x32 = x.to(torch.float32)
+            x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+            return self.weight * x32.to(x.dtype)
+        dtype = compute_dtype(x)
+        with no_autocast(x):
+            y, codes, r = _RMSNorm.apply(x, self.weight, eps, dtype)
+        if not y.is_inference():
+            share_codes(y, dtype, codes, r)
+        return y
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, int8_grad: bool = False) -> Tensor:
+    """Functional form of :class:`SwiGLU`: x (..., hidden) and three latent weights, (..., hidden)."""
+    dtype = compute_dtype(x)
+    with no_autocast(x):
+        codes, r = shared_codes(x, dtype)
+        return _SwiGLU.apply(x, codes, r, gate, up, down, dtype, int8_grad)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codes_x: Tensor,
+        r: Tensor,
+        w_gate: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        dtype: torch.dtype,
+        int8_grad: bool,
+    ) -> Tensor:
+        codes, s, g_gate = ternarize(w_gate)
+        gate = ops.matmul(codes_x, r, codes, s, None, dtype)
+        codes, s, g_up = ternarize(w_up)
+        up = ops.matmul(codes_x, r, codes, s, None, dtype)
+        codes_h, r_h = ops.swiglu_quantize(gate, up)
+        codes, s, g_down = ternarize(w_down)
+        ctx.save_for_backward(codes_x, r, gate, up, r_h, w_gate, w_up, w_down)
+        ctx.means = g_gate, g_up, g_down
+        ctx.x_dtype, ctx.int8_grad = x.dtype, int8_grad
+        return ops.matmul(codes_h, r_h, codes, s, None, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        codes_x, r, gate, up, r_h, w_gate, w_up, w_down = ctx.saved_tensors
+        g_gate, g_up, g_down = ctx.means
+        needs_x, _, _, needs_gate, needs_up, needs_down, _, _ = ctx.needs_input_grad
+        dx = dw_gate = dw_up = dw_down = None
+        with no_autocast(dy):
+            dy = dy.contiguous()
+            dh = input_gradient(dy, w_down, g_down, ctx.int8_grad)
+            dgate, dup, h = ops.swiglu_backward(dh, gate, up, r_h)
+            del dh
+            if needs_down:
+                dw_down = weight_gradient(dy, h, w_down.dtype)
+            del h
+            if needs_gate or needs_up:
+                x = ops.dequantize_activations(codes_x, r, dy.dtype)
+                dw_gate = weight_gradient(dgate, x, w_gate.dtype) if needs_gate else None
+                dw_up = weight_gradient(dup, x, w_up.dtype) if needs_up else None
+            if needs_x:
+                dx = input_gradient(dgate, w_gate, g_gate, ctx.int8_grad)
+                dx += input_gradient(dup, w_up, g_up, ctx.int8_grad)
+                dx = dx.to(ctx.x_dtype)
+        return dx, None, None, dw_gate, dw_up, dw_down, None, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, codes, r, rstd = ops.rmsnorm_quantize(x, weight, eps, dtype)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.mark_non_differentiable(codes, r)
+        return y, codes, r
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        dx, dw = ops.rmsnorm_backward(dy, *ctx.saved_tensors)
+        return dx, dw, None, None
+
+
+def _is_swiglu(module: nn.Module) -> bool:
+    if type(module).__name__ not in _MLPS:
+        return False
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    act = getattr(module, "act_fn", None)
+    return all(isinstance(part, BitLinear) and part.bias is None for part in parts) and (
+        act is None or type(act).__name__ in {"SiLU", "SiLUActivation"}
+    )
+
+
+def _is_rmsnorm(module: nn.Module) -> bool:
+    return (
+        type(module).__name__ in _NORMS
+        and getattr(module, "offset", 0.0) == 0.0
+        and getattr(module, "casting_mode", "llama") == "llama"
+        and hasattr(module, "variance_epsilon")
+        and isinstance(getattr(module, "weight", None), nn.Parameter)
+    )
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether calling the layer would do nothing but its own forward."""
+    return (
+        type(layer) is BitLinear
+        and layer.ramp is None
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+        and "forward" not in vars(layer)
+        and layer.weight.dim() == 2
+        and (torch.compiler.is_compiling() or not _has_any_global_hook())
+    )

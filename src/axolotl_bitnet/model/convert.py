@@ -1,0 +1,80 @@
+"""Which nn.Linear become BitLinear, and the swap.
+
+Every nn.Linear of the language model becomes ternary, except the output head, what the user names, vision and
+audio towers, and MoE routers. The swap changes a module's class in place: the Parameter object, its device
+(meta too), its hooks and its sharding stay. The names are written to the model's config, and that list is the
+only one that packing and verification use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import MethodType
+
+from torch import nn
+
+from ..layers.bitlinear import BitLinear
+from ..layers.fused_llama import fuse_layers
+from ..ternary import DEFINITION
+from .layer_plan import CONFIG_KEY, _is_auto_bitlinear, _saved_as, plan_conversion
+
+
+def convert_to_bitlinear(
+    model: nn.Module, skip_modules: Iterable[str] = (), fuse: bool = True, int8_grad: bool = False
+) -> list[str]:
+    """Make a model ternary, in place.
+
+    Args:
+        model: any model; one of transformers also gets the list of names into its config.
+        skip_modules: linear layers to leave dense, beside the output head: a full name
+            (``model.layers.0.mlp.up_proj``), the end of one (``down_proj``), a parent (``model.layers.0``) or
+            a glob (``*.layers.0.*``).
+        fuse: fuse Llama-shaped MLPs and norms with the quantization behind them
+            (:func:`axolotl_bitnet.layers.fused_llama.fuse_layers`): the same codes, less traffic and memory.
+        int8_grad: compute the gradients of the layers' inputs on int8 tensor cores.
+
+    Returns:
+        The names of the BitLinear layers.
+
+    Raises:
+        ConversionError: a layer cannot be packed or would bypass its module, or a pattern matches nothing.
+    """
+    plan = plan_conversion(model, skip_modules)
+    saved_as = _saved_as(model, plan.converted)
+    if any(_is_auto_bitlinear(model.get_submodule(name)) for name in plan.converted):
+        _forget_quantizer(model)
+    for name in plan.converted:
+        _swap(model.get_submodule(name), int8_grad)
+    if fuse:
+        fuse_layers(model)
+    config = getattr(model, "config", None)
+    if config is not None:
+        entry = {"definition": DEFINITION, "converted": list(plan.converted), "dense": list(plan.dense)}
+        setattr(config, CONFIG_KEY, entry | ({"saved_as": saved_as} if saved_as else {}))
+    return plan.converted
+
+
+def _forget_quantizer(model: nn.Module) -> None:
+    """Microsoft's bf16 BitNet loads as a quantized model; with BitLinear it is a plain one, saved and trained
+    as such."""
+    config = getattr(model, "config", None)
+    for owner, attribute in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (config, "quantization_config"),
+    ):
+        if hasattr(owner, attribute):
+            delattr(owner, attribute)
+    model.is_quantized = False  # type: ignore[assignment]
+
+
+def _swap(module: nn.Module, int8_grad: bool) -> None:
+    if _is_auto_bitlinear(module):
+        for leftover in ("online_quant", "rms_norm"):
+            if hasattr(module, leftover):
+                delattr(module, leftover)
+    module.__class__ = BitLinear
+    if int8_grad:
+        module.int8_grad = True  # type: ignore[assignment]
+    if "_old_forward" in vars(module):  # accelerate's hooks (device_map) keep the forward that they wrap
+        module._old_forward = MethodType(BitLinear.forward, module)  # type: ignore[assignment]

@@ -1,0 +1,126 @@
+"""The config: `use_onebitllms` and the `bitnet:` block, and every combination that is refused, with its
+reason.
+
+Axolotl mixes :class:`BitNetArgs` into its own config class and runs the validator here on all keys, before
+anything is loaded. Without ``use_onebitllms: true`` nothing is checked but one thing: a ``bitnet:`` block
+would train dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .refusals import fsdp_refusals, refusals
+from .upstream.falcon_fsdp import let_llama_falcons_shard as _let_llama_falcons_shard
+
+
+class BitNetConfig(BaseModel):
+    """The `bitnet:` block. Everything in it is optional."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    learning_rate_multiplier: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        json_schema_extra={"description": "Effective learning rate = learning_rate x this, applied once."},
+    )
+    learning_rate_scope: Literal["all", "ternary"] = Field(
+        default="all",
+        json_schema_extra={
+            "description": "What the multiplier reaches: all parameters, or BitLinear weights only."
+        },
+    )
+    latent_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        json_schema_extra={"description": "Precision of the latent weights that the optimizer updates."},
+    )
+    skip_modules: list[str] = Field(
+        default_factory=list,
+        json_schema_extra={
+            "description": "Linear layers left dense beside the output head: names, ends, parents or globs."
+        },
+    )
+    fuse: bool = Field(
+        default=True,
+        json_schema_extra={
+            "description": "Fuse Llama-shaped MLPs and norms with the quantization behind them: same codes."
+        },
+    )
+    int8_grad: bool = Field(
+        default=False,
+        json_schema_extra={
+            "description": "Compute the gradients of the layers' inputs on int8 tensor cores, from 8-bit dY."
+        },
+    )
+    gather: Literal["auto", "ternary", "native"] = Field(
+        default="auto",
+        json_schema_extra={
+            "description": "What FSDP2 gathers: 2-bit codes (auto: where it can), or weights as they are."
+        },
+    )
+    ramp_steps: int = Field(
+        default=0,
+        ge=0,
+        json_schema_extra={
+            "description": "Steps from the dense model to the ternary one, for bases that were never ternary."
+        },
+    )
+    monitor: bool = Field(
+        default=True,
+        json_schema_extra={
+            "description": "Log flips, zeros, scale drift and oscillation of the codes, and warn."
+        },
+    )
+    export: list[Literal["packed", "gguf-tq2_0", "gguf-tq1_0", "dense", "mlx"]] = Field(
+        default_factory=lambda: ["packed"],  # type: ignore[arg-type]
+        json_schema_extra={"description": "Artifacts made after training; [] for none."},
+    )
+    verify: bool = Field(
+        default=True,
+        json_schema_extra={
+            "description": "Hold every artifact against the fingerprint of the trained model."
+        },
+    )
+
+
+class BitNetArgs(BaseModel):
+    """Keys that the plugin adds to Axolotl's config."""
+
+    use_onebitllms: bool | None = Field(
+        default=None, json_schema_extra={"description": "Train ternary (1.58-bit) weights."}
+    )
+    bitnet: BitNetConfig | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Runs on Axolotl's merged class, before pydantic collects its validators."""
+        super().__init_subclass__(**kwargs)
+        _let_llama_falcons_shard(cls)
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_what_cannot_work(cls, data: Any) -> Any:
+        """Raise ValueError with a sentence saying why, and what to do instead."""
+        if not isinstance(data, Mapping):
+            return data
+        if not data.get("use_onebitllms"):
+            if data.get("bitnet") is not None:
+                raise ValueError(
+                    "the config has a `bitnet:` block but not `use_onebitllms: true`: it would train "
+                    "a dense model. Add `use_onebitllms: true`, or remove the block"
+                )
+            return data
+        if problems := refusals(data):
+            raise ValueError("; ".join(problems))
+        return data
+
+    @model_validator(mode="after")
+    def refuse_under_fsdp(self) -> BitNetArgs:
+        """After Axolotl's own validators, which know what a missing version means (1 in 0.19, 2 in 0.21)."""
+        values = vars(self)  # reading the deprecated `fsdp` as an attribute would warn
+        if self.use_onebitllms and (problems := fsdp_refusals(values)):
+            raise ValueError("; ".join(problems))
+        return self

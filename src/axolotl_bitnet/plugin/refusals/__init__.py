@@ -1,0 +1,24 @@
+"""Every ternary config that is refused, and its reason: sentences, before anything is loaded.
+
+A file for each subject; a rule is a function of the config that returns sentences. What only the base model
+tells is refused in base_model, what only a checkpoint tells in resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .commands import command_refusals
+from .keys import key_refusals
+from .preference import preference_refusals
+from .ramp import ramp_refusals
+from .sharding import fsdp_refusals, sharding_refusals
+
+__all__ = ["fsdp_refusals", "refusals"]
+
+
+def refusals(cfg: Mapping[str, Any]) -> list[str]:
+    """Why this ternary config cannot work: sentences, empty when it can."""
+    rules = (key_refusals, sharding_refusals, preference_refusals, command_refusals, ramp_refusals)
+    return [sentence for rule in rules for sentence in rule(cfg)]

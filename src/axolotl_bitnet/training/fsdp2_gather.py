@@ -1,0 +1,179 @@
+"""FSDP2's all-gather in 2 bits: every rank quantizes its own shard, and ternary codes travel.
+
+A layer computes with codes, so codes are all that its other ranks need: a quarter of a byte a weight instead
+of bfloat16's two. The absmean is of the whole weight: the ranks' float64 sums of all weights are added in one
+all-reduce, when the first weight is gathered for a new forward. Latents never leave their shard, and the
+gathered weight stays packed until a layer reads it.
+
+FSDP2 asks its parameter objects what to gather and what to make of it. Those of BitLinear weights get a class
+here that answers with codes; sharding, gradients, state dicts and clipping are FSDP2's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from transformers import TrainerCallback
+
+from ..layers.bitlinear import BitLinear
+from ..layers.gathered_weight import GatheredWeight
+from ..ops import shard_ops
+from ..ternary import absmean, scale_of
+from .ramp import ramping
+
+
+class _Scales:
+    """The absmeans and scales of all weights that are sharded over one process group."""
+
+    def __init__(self, params: list[_TernaryParam], group: dist.ProcessGroup) -> None:
+        self.params, self.group = params, group
+        device = params[0].device
+        sizes = [float(param._orig_size.numel()) for param in params]
+        self.sizes = torch.tensor(sizes, dtype=torch.float64, device=device)
+        # 16 bytes each: kernels are compiled for addresses that are a multiple of that.
+        self.g = torch.ones(len(params), 4, dtype=torch.float32, device=device)
+        self.s = torch.ones(len(params), 8, dtype=torch.bfloat16, device=device)
+        self.round = 0
+
+    def of(self, index: int) -> tuple[Tensor, Tensor]:
+        """``g`` float32 () and ``s`` bfloat16 (1,) of a weight: views, filled anew by :meth:`refresh`."""
+        return self.g[index, 0], self.s[index, :1]
+
+    def ready_for(self, param: _TernaryParam, backward: bool) -> None:
+        """A second gather of the same weight for a forward is a new forward: weights may have changed. A
+        backward wants the scales that its forward had."""
+        if not backward:
+            if param.round == self.round:
+                self.refresh()
+            param.round = self.round
+
+    def refresh(self) -> None:
+        parts = [shard_ops.abs_sum_parts(param.local()) for param in self.params]
+        sums = torch.stack(parts).sum(dim=1)
+        dist.all_reduce(sums, group=self.group)
+        g = absmean(sums, self.sizes)
+        unchanged = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+        with unchanged((self.g, self.s)):
+            self.g[:, 0] = g
+            self.s[:, 0] = scale_of(g)
+        self.round += 1
+
+
+class _TernaryParam(FSDPParam):
+    """FSDP2's handle of a BitLinear weight, gathered as codes."""
+
+    scales: _Scales
+    index: int
+    round: int
+    param_group: Any
+
+    def local(self) -> Tensor:
+        """This rank's shard (its rows, columns) on the device that computes."""
+        return self._sharded_local_tensor.to(self.device, non_blocking=True)
+
+    @property
+    def _sharded_local_tensor(self) -> Tensor:
+        local = self.sharded_param._local_tensor  # type: ignore[attr-defined]
+        # FSDP2 casts and copies parameters in one go unless they have these.
+        local.fsdp_pre_all_gather = local.fsdp_post_all_gather = None
+        return local
+
+    @property
+    def all_gather_inputs(self) -> list[Tensor]:
+        backward = self.param_group._training_state == TrainingState.PRE_BACKWARD
+        self.scales.ready_for(self, backward)
+        g, _ = self.scales.of(self.index)
+        return [shard_ops.pack_shard(self.local(), g, self.padded_sharded_param_size[0]).view(-1)]
+
+    def init_unsharded_param(self) -> None:
+        if hasattr(self, "_unsharded_param"):
+            return  # its bytes are gathered in place
+        rows, columns = self._orig_size
+        weight = GatheredWeight(
+            self.all_gather_outputs[0].view(-1, columns),
+            *self.scales.of(self.index),
+            self.scales.group.size(),
+            rows,
+            self.param_dtype or self.orig_dtype,
+        )
+        self._unsharded_inner_tensors: list[Tensor] = []
+        self._unsharded_param = nn.Parameter(weight, requires_grad=self.sharded_param.requires_grad)
+
+
+def gather_ternary(model: nn.Module) -> int:
+    """Gather the BitLinear weights of a model under FSDP2 as 2-bit codes from now on.
+
+    Call it on every rank, after ``fully_shard``. The first forward must not be under way.
+
+    Returns:
+        How many weights: 0 if none is sharded. Those that are sharded otherwise than by rows, or resharded to
+        a smaller mesh after the forward, are gathered as before.
+    """
+    found: dict[dist.ProcessGroup, list[_TernaryParam]] = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+            for group in _param_groups(module):
+                process_group = getattr(group.mesh_info, "shard_process_group", None)
+                if process_group is None or group._use_post_forward_mesh:
+                    continue
+                for param in group.fsdp_params:
+                    if _is_ternary(param):
+                        param.__class__ = _TernaryParam
+                        param.param_group, param.round = group, 0
+                        param.all_gather_outputs = []
+                        vars(param).pop("_unsharded_param", None)
+                        found.setdefault(process_group, []).append(param)
+    for process_group, params in found.items():
+        scales = _Scales(params, process_group)
+        for index, param in enumerate(params):
+            param.scales, param.index = scales, index
+    return sum(map(len, found.values()))
+
+
+def _param_groups(module: FSDPModule) -> Iterable[Any]:
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # one only, in torch before 2.12
+    return groups if groups is not None else filter(None, [state._fsdp_param_group])
+
+
+def _is_ternary(param: Any) -> bool:
+    info = param._module_info
+    return (
+        type(param) is FSDPParam
+        and isinstance(info.module, BitLinear)
+        and info.param_name == "weight"
+        and not param.is_dtensor
+        and param.fsdp_placement.dim == 0
+    )
+
+
+class GatherTernary(TrainerCallback):
+    """Makes FSDP2 gather codes when training begins, for models are sharded by then; or when a ramp ends, for
+    until then layers need latents."""
+
+    def __init__(self, *references: nn.Module) -> None:
+        """
+        Args:
+            references: models beside the policy that may be sharded too.
+        """
+        self.references = references
+        self.done = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.done = False
+        self.on_step_begin(args, state, control, **kwargs)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.done or ramping(kwargs["model"]):
+            return
+        for model in (kwargs["model"], *self.references):
+            gather_ternary(model)
+        self.done = True

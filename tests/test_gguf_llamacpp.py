@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from axolotl_bitnet import convert_to_bitlinear, pack_checkpoint
 from axolotl_bitnet.formats.export import export_gguf
 from axolotl_bitnet.formats.gguf import architecture as gguf_llama
+from axolotl_bitnet.formats.gguf import metadata
 from axolotl_bitnet.formats.gguf.writer import TYPES
 
 pytest.importorskip("gguf")
@@ -74,7 +75,7 @@ def test_without_its_scaling_of_rope_it_is_another_model(
 ) -> None:
     family, options = VARIANTS[variant]
     model = build(family, **options)
-    monkeypatch.setattr(gguf_llama, "_rope_type", lambda rope: "default")
+    monkeypatch.setattr(metadata, "_rope_type", lambda rope: "default")
     file = export_gguf(save(model, tmp_path / "latents"), tmp_path / "model.gguf")
     assert max(errors(model, file)) > 2 * OFF
 

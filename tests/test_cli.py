@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -206,7 +207,8 @@ def test_progress_is_told_in_bytes(whole_run: Path, tmp_path: Path, name: str, w
 
 SLOWLY = """
 import sys, time
-from axolotl_bitnet.checkpoint import gguf, source, stream
+from axolotl_bitnet.formats.gguf import writer
+from axolotl_bitnet.storage import safetensors_stream as stream
 from axolotl_bitnet.cli.main import main
 
 def slowly(function):
@@ -216,7 +218,7 @@ def slowly(function):
     return run
 
 stream.SafetensorsWriter.write = slowly(stream.SafetensorsWriter.write)
-gguf._stored = slowly(gguf._stored)
+writer._stored = slowly(writer._stored)
 main(sys.argv[1:])
 """
 
@@ -255,9 +257,14 @@ def test_recipes_are_copied_once(tmp_path: Path) -> None:
 
 
 def test_help_of_every_command_has_an_example() -> None:
-    for name, command in main.commands.items():
+    context = click.Context(main)
+    for name in main.list_commands(context):
+        command = main.get_command(context, name)
         code, output = _call(name, "--help")
-        assert code == 0 and "Example" in output and command.help
+        assert code == 0 and "Example" in output and command is not None and command.help
+        assert command.name == name and f"  {name} " in _call("--help")[1]
+    code, output = _call("nothing")
+    assert code == 2 and "No such command" in output
 
 
 def test_module_and_entry_points_lead_here() -> None:

@@ -7,23 +7,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
 
-from ..model.layer_plan import ConversionError
 from ..storage.atomic import CheckpointError
 from ..storage.progress import Advance, listening
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 MISMATCH, BAD_INPUT, INTERRUPTED = 1, 2, 130
 """Exit statuses, beside 0."""
@@ -45,7 +37,13 @@ def command(function: Command) -> Command:
         try:
             with _progress():
                 function(*args, **kwargs)
-        except (CheckpointError, ConversionError, ImportError, OSError) as error:
+        except (CheckpointError, ImportError, OSError) as error:
+            raise BadInput(str(error)) from error
+        except ValueError as error:
+            from ..model.layer_plan import ConversionError  # imports torch
+
+            if not isinstance(error, ConversionError):
+                raise
             raise BadInput(str(error)) from error
         except KeyboardInterrupt:
             click.echo("interrupted: nothing was left behind", err=True)
@@ -60,6 +58,8 @@ def as_json(data: Any) -> None:
 
 def show(table: Table) -> None:
     """A table, in the terminal's width; in a pipe, where nobody wraps lines, as wide as it is."""
+    from rich.console import Console
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
@@ -73,6 +73,19 @@ def size(count: int) -> str:
 @contextmanager
 def _progress() -> Iterator[None]:
     """A bar on stderr for each work that is announced, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -81,7 +94,7 @@ def _progress() -> Iterator[None]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
 
         def begin(what: str, total: int) -> Advance:
             task = progress.add_task(what, total=total)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...model.layer_plan import too_short
 from .preference import has_reference
 
 
@@ -17,6 +16,8 @@ def ramp_refusals(cfg: Mapping[str, Any]) -> list[str]:
     found: list[str] = []
     max_steps = cfg.get("max_steps")
     if isinstance(max_steps, int) and 0 < max_steps <= steps:
+        from ...model.layer_plan import too_short  # imports torch
+
         found.append(too_short(steps, max_steps))
     method = getattr(cfg.get("rl"), "value", cfg.get("rl"))
     if has_reference(cfg):

@@ -1,0 +1,127 @@
+"""`verify` and `inspect`: what a stored model is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from ..run_folder import RUN_FILE
+from ..storage.atomic import CheckpointError
+from ..verify.inspect import Inspection
+from ..verify.inspect import inspect as inspect_checkpoint
+from ..verify.logits import PROMPTS
+from ..verify.verify import VerificationReport, verify_checkpoint
+from .terminal import MISMATCH, as_json, command, show, size
+
+_SHOWN = 20
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--against",
+    type=click.Path(exists=True, path_type=Path),
+    help="A run's output_dir, its bitnet.json, or a stored ternary model. Default: ARTIFACT's run.",
+)
+@click.option("-p", "--prompt", "given", multiple=True, help="A prompt to run both models on; repeatable.")
+@click.option(
+    "--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file, a prompt a line."
+)
+@click.option("--no-run", is_flag=True, help="Compare what is stored only; run neither model.")
+@click.option("--json", "machine", is_flag=True, help="Say the outcome as JSON.")
+@command
+def verify(
+    artifact: Path,
+    against: Path | None,
+    given: tuple[str, ...],
+    prompts: Path | None,
+    no_run: bool,
+    machine: bool,
+) -> None:
+    """Check that ARTIFACT, of any format, is the trained model: codes and scales exactly, then everything
+    else, then logits and greedy tokens. Exit status 1 if it is not.
+
+    \b
+    Example:
+        axolotl bitnet verify outputs/falcon-e-3b-sft/packed
+        axolotl bitnet verify outputs/falcon-e-3b-sft/packed --no-run --json
+    """
+    texts = [*given, *(prompts.read_text(encoding="utf-8").splitlines() if prompts else [])]
+    texts = [] if no_run else [text for text in texts if text.strip()] or list(PROMPTS)
+    report = verify_checkpoint(artifact, against or _run_of(artifact), texts)
+    if machine:
+        as_json(report.to_json())
+    else:
+        _show_report(report)
+    if not report.ok:
+        raise SystemExit(MISMATCH)
+
+
+def _run_of(artifact: Path) -> Path:
+    """The folder of the run that an artifact is in."""
+    nearby = [artifact.resolve(), *artifact.resolve().parents[:2]]
+    for folder in nearby:
+        if (folder / RUN_FILE).exists():
+            return folder
+    for folder in nearby[1:]:
+        if (folder / "config.json").exists():
+            return folder
+    raise CheckpointError(
+        f"no run's {RUN_FILE} or latents around {artifact}: name what to hold it against (--against)"
+    )
+
+
+def _show_report(report: VerificationReport) -> None:
+    click.echo(report.summary())
+    table = Table()
+    for column in ("", "verdict", "what"):
+        table.add_column(column)
+    colours = {"same": "green", "differs": "bold red", "not checked": "yellow"}
+    for check in report.checks:
+        verdict = f"[{colours[check.verdict]}]{check.verdict}[/]"
+        table.add_row(check.name, verdict, check.detail)
+    show(table)
+    for line in report.mismatches[:_SHOWN]:
+        click.echo(f"  {line}")
+    if len(report.mismatches) > _SHOWN:
+        click.echo(f"  and {len(report.mismatches) - _SHOWN} more (--json has all)")
+
+
+@click.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--json", "machine", is_flag=True, help="Say the outcome as JSON.")
+@command
+def inspect(path: Path, machine: bool) -> None:
+    """Say what the model in PATH is: latents, dense ternary, packed, GGUF, MLX or never ternary; its layers,
+    its size, and what it cannot be used for.
+
+    \b
+    Example:
+        axolotl bitnet inspect outputs/falcon-e-3b-sft
+        axolotl bitnet inspect outputs/falcon-e-3b-sft/packed --json
+    """
+    found = inspect_checkpoint(path)
+    if machine:
+        as_json(found.to_json())
+    else:
+        _show_inspection(found)
+
+
+def _show_inspection(found: Inspection) -> None:
+    click.echo(f"{found.path}: {found.kind} ({found.detail})")
+    table = Table()
+    for column in ("layer", "shape", "zeros", "scale", "bits", "changed by quantization"):
+        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=column == "layer")
+    for layer in found.layers:
+        row: list[Any] = [layer.name, f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.zeros:.1%}"]
+        table.add_row(*row, f"{layer.scale:g}", f"{layer.bits:.2f}", f"{layer.change:.1%}")
+    show(table)
+    click.echo(
+        f"{len(found.layers)} ternary or ternary-to-be layers, {found.weights:,} weights; "
+        f"{size(found.bytes)} now, {size(found.packed_bytes)} packed"
+    )
+    for line in found.refused:
+        click.echo(f"refused: {line}")

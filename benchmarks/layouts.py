@@ -79,7 +79,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def worker(settings: str, result: str) -> None:
     """One process of a run: what `axolotl train` does, and the losses unrounded."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import runs
+    from support import runs
 
     torch.manual_seed(0)  # for weights that are made at random, on a CPU
     run = runs.train(json.loads(Path(settings).read_text()))

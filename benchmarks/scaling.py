@@ -102,8 +102,9 @@ def worker(config: str, result: str) -> None:
     import torch.distributed as dist
 
     sys.path.insert(0, str(ROOT / "tests"))
-    import runs
     from transformers import Trainer, TrainerCallback
+
+    from support import runs
 
     gathered = 0
     gather = dist.all_gather_into_tensor

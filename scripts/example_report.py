@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from axolotl_bitnet.report import write_report
@@ -14,18 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "example-report"
 
 sys.path.insert(0, str(ROOT / "tests"))
-import browser  # noqa: E402
+from support import browser  # noqa: E402
 
 
 def main(run: str) -> None:
     TARGET.mkdir(exist_ok=True)
     shutil.copyfile(write_report(run), TARGET / "index.html")
     program = subprocess.run([ROOT / "scripts/browser.sh"], check=True, text=True, stdout=subprocess.PIPE)
-    with (
-        tempfile.TemporaryDirectory() as profile,
-        browser.chromium(program.stdout.strip(), Path(profile)) as chromium,
-    ):
-        chromium.visit(TARGET / "index.html", 1120, 1180, {}, shot=TARGET / "page.png")
+    with browser.chromium(program.stdout.strip()) as chromium:
+        browser.visit(chromium, TARGET / "index.html", 1120, 1180, {}, shot=TARGET / "page.png")
     for path in sorted(TARGET.iterdir()):
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
 

@@ -118,7 +118,7 @@ def tiny_model() -> Callable[..., nn.Module]:
 @pytest.fixture
 def pair(tiny_model: Callable[..., nn.Module]) -> Callable[..., tuple[nn.Module, nn.Module]]:
     """``pair("Llama", dtype, **config)``: one random model converted as it is, and fused."""
-    from layers import pair_of
+    from support.layers import pair_of
 
     def build(
         family: str = "Llama", dtype: torch.dtype = torch.float32, **overrides: Any

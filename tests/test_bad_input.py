@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stored import Build, edit_config, trained
 from torch import nn
 
 from axolotl_bitnet.formats.export import pack_checkpoint
@@ -26,25 +25,13 @@ from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.storage import safetensors_stream as stream
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
 from axolotl_bitnet.storage.safetensors_stream import INDEX
+from support import TINY
+from support.stored import Build, contents, edit_config, trained
+from support.zoo import every_format
 
-TINY = Path(__file__).parents[1] / "examples" / "falcon-e" / "tiny"
 KEY = "model.layers.0.mlp.down_proj.weight"
 
 Write = Callable[..., Path]
-
-
-def available() -> Iterator[Any]:
-    for name, entry in FORMATS.items():
-        try:
-            __import__(f"axolotl_bitnet.formats.{entry.module}")
-            missing = name.startswith("gguf") and not __import__("gguf")
-        except ImportError:
-            missing = True
-        marks = [pytest.mark.skip(reason=f"{name} is not installed")] if missing else []
-        yield pytest.param(entry, id=name, marks=marks)
-
-
-every_format = pytest.mark.parametrize("entry", list(available()))
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +56,6 @@ def source(saved: tuple[nn.Module, Path], tmp_path: Path) -> Path:
     for path in saved[1].iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def shard_of(folder: Path, key: str = KEY) -> Path:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 pytest.importorskip("axolotl.cli")
 
 import transformers
-from runs import TINY, Run, config, train
 from transformers import AutoTokenizer
 
 from axolotl_bitnet.formats.packed import PackedCheckpoint
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.layer_plan import ConversionError
 from axolotl_bitnet.verify.verify import verify_checkpoint
+from support import TINY
+from support.runs import Run, config, train
 
 pytestmark = pytest.mark.slow
 

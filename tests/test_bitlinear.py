@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from layers import BF16, FLOAT32, assert_gradients, by_name, layer_for, run
 from torch import Tensor, nn
 
 from axolotl_bitnet import ternary
 from axolotl_bitnet.layers.bitlinear import BitLinear
+from support.layers import BF16, FLOAT32, assert_gradients, by_name, layer_for, run
 
 # The forward, to the bit
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from layers import Attention, layer_for, saving
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from axolotl_bitnet.layers.bitlinear import BitLinear, bitlinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
+from support.layers import Attention, layer_for, saving
 
 
 def test_layer_has_the_state_of_a_linear() -> None:

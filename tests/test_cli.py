@@ -19,7 +19,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from zoo import HAS_GGUF, MADE, copy_of, flip_code, make_run
 
 from axolotl_bitnet.cli.main import main
 from axolotl_bitnet.formats.registry import FORMATS
@@ -27,6 +26,7 @@ from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.storage.progress import listening
 from axolotl_bitnet.storage.safetensors_stream import SafetensorsWriter, weight_bytes
 from axolotl_bitnet.verify.verify import verify_checkpoint
+from support.zoo import HAS_GGUF, MADE, copy_of, flip_code, make_run
 
 
 @pytest.fixture

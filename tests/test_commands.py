@@ -19,7 +19,6 @@ pytest.importorskip("axolotl.cli")
 
 from click.testing import CliRunner, Result
 from packaging.version import Version
-from runs import TINY, Run, config, preference, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_bitnet.formats.export import pack_checkpoint
@@ -29,6 +28,8 @@ from axolotl_bitnet.plugin.refusals import refusals
 from axolotl_bitnet.plugin.refusals.commands import command_refusals
 from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.verify.verify import verify_checkpoint
+from support import TINY
+from support.runs import Run, config, preference, train
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from stored import FAMILIES, IDS, SAVINGS, Build, by_hand, codes_and_scales, edit, same_files, save, trained
 from torch import nn
 
 import axolotl_bitnet
@@ -27,6 +26,18 @@ from axolotl_bitnet.storage.atomic import CheckpointError, read_json
 from axolotl_bitnet.storage.parallel import row_ranges
 from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from axolotl_bitnet.ternary import EPSILON, dequantize, latents_of, scale_of
+from support.stored import (
+    FAMILIES,
+    IDS,
+    SAVINGS,
+    Build,
+    by_hand,
+    codes_and_scales,
+    edit,
+    same_files,
+    save,
+    trained,
+)
 
 # Scales
 
@@ -298,8 +309,10 @@ def test_public_name() -> None:
 def test_axolotl_trains_on_from_a_revert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """At a rate too low to flip a code, what is packed is what was reverted. Then a dense run, unwarned."""
     pytest.importorskip("axolotl.cli")
-    from runs import TINY, config, train
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from support import TINY
+    from support.runs import config, train
 
     torch.manual_seed(3)
     latents, tokenizer = tmp_path / "latents", AutoTokenizer.from_pretrained(TINY / "model")

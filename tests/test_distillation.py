@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,12 @@ import torch
 import yaml
 
 pytest.importorskip("axolotl")
-from runs import ROOT, TINY
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_bitnet.plugin.refusals.sharding import sharding_refusals as layout_refusals
+from support import ROOT, TINY
+from support.processes import python
 
 RECIPE = ROOT / "examples" / "falcon-e" / "distill.yaml"
 SCRIPT = RECIPE.with_name("distill_teacher.py")
@@ -46,8 +45,7 @@ def taught(teacher: Path) -> Path:
     conversations = teacher / "conversations.jsonl"
     conversations.write_text("".join(lines), encoding="utf-8")
     out = teacher / "teacher.parquet"
-    command = [sys.executable, str(SCRIPT), str(teacher), str(conversations), str(out)]
-    subprocess.run([*command, "--top-k", str(TOP_K), "--batch", "16"], check=True, capture_output=True)
+    python(SCRIPT, teacher, conversations, out, "--top-k", str(TOP_K), "--batch", "16")
     return out
 
 
@@ -124,9 +122,7 @@ def test_a_ternary_student_learns_from_its_dense_original(
     settings = _settings(tmp_path, teacher, taught, kd_ce_alpha=0.0, kd_alpha=1.0)
     files = [tmp_path / name for name in ("settings.json", "result.json", "batch.safetensors")]
     files[0].write_text(json.dumps(settings), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "tests" / "distilling.py"), *map(str, files)]
-    child = subprocess.run(command, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-2000:]
+    python("-m", "support.distilling", *files)
     result = json.loads(files[1].read_text(encoding="utf-8"))
     losses = result["losses"]
     assert result["trainer"] == "AxolotlKDTrainer" and len(losses) == 5 and losses[-1] < losses[0]

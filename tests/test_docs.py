@@ -15,14 +15,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from transformers import AutoTokenizer
-from zoo import HAS_GGUF, MADE
 
 import axolotl_bitnet
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.plugin.artifacts import finish_run
+from support import ROOT
+from support.zoo import HAS_GGUF, MADE
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

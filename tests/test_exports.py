@@ -14,14 +14,15 @@ import torch
 pytest.importorskip("axolotl.cli")
 
 from axolotl.utils.dict import DictDefault
-from runs import TINY, config, train
 from transformers import AutoTokenizer, BitNetConfig, LlamaConfig, MixtralConfig
-from zoo import HAS_GGUF, MADE
 
 from axolotl_bitnet.model.layer_plan import ConversionError
 from axolotl_bitnet.plugin.exports import refuse_exports
 from axolotl_bitnet.storage.atomic import read_json
 from axolotl_bitnet.verify.verify import verify_checkpoint
+from support import TINY
+from support.runs import config, train
+from support.zoo import HAS_GGUF, MADE
 
 TOKENIZER = TINY / "model"
 needs_gguf = pytest.mark.skipif(not HAS_GGUF, reason="needs the gguf package")

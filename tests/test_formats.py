@@ -9,13 +9,13 @@ from typing import get_args
 
 import pytest
 from torch import nn
-from zoo import HAS_GGUF, MADE, make_run
 
 from axolotl_bitnet.formats.registry import FOLDERS, FORMATS, format_of, open_checkpoint
 from axolotl_bitnet.formats.usage import usages
 from axolotl_bitnet.model.fingerprint import Fingerprint
 from axolotl_bitnet.run_folder import RUN_FILE
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json
+from support.zoo import HAS_GGUF, MADE, make_run
 
 
 @pytest.fixture(scope="module")

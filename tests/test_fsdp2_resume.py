@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from test_fsdp2 import WORLD, batch, build
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -24,6 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.storage.trainer_checkpoint import forget, problems
+from support.sharded import WORLD, batch, build
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from layers import Pair, close, gradients, kinds, mlps, norms, pair_of, run_module, saving
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.utils.weak import TensorWeakRef
@@ -16,6 +15,7 @@ from axolotl_bitnet import ops, ternary
 from axolotl_bitnet.layers.bitlinear import shared_codes
 from axolotl_bitnet.layers.fused_llama import RMSNorm, SwiGLU, fuse_layers
 from axolotl_bitnet.model.convert import convert_to_bitlinear
+from support.layers import Pair, close, gradients, kinds, mlps, norms, pair_of, run_module, saving
 
 FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3"]
 by_family = pytest.mark.parametrize("family", FAMILIES)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from layers import close, gradients, kinds, mlps, norms, pair_of, run_module
 from torch import Tensor, nn
 
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.layers.fused_llama import RMSNorm, SwiGLU
 from axolotl_bitnet.model.convert import convert_to_bitlinear
+from support.layers import close, gradients, kinds, mlps, norms, pair_of, run_module
 
 PARTS = ["gate_proj", "up_proj", "down_proj"]
 

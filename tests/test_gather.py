@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_fsdp2 import batch, build
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,6 +20,7 @@ from axolotl_bitnet.layers.gathered_weight import GatheredWeight
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.ops import dequantized_weight, plain, ternarize, transposed_codes
 from axolotl_bitnet.training.fsdp2_gather import GatherTernary, gather_ternary
+from support.sharded import batch, build
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ TERNARY = 10  # layers of build()
 def shard(
     gather: str, mesh: Any = None, policy: torch.dtype | None = None, reshard: bool = True, **model: Any
 ) -> nn.Sequential:
-    """The model of test_fsdp2, sharded by blocks; ``gather`` as in the config."""
+    """The model of support.sharded, sharded by blocks; ``gather`` as in the config."""
     built = build(model.get("latents", torch.float32), model.get("checkpointed", False))
     settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard}
     if policy is not None:

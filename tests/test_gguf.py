@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llamas import TINY, VARIANTS, YARN, build, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,6 +43,9 @@ from axolotl_bitnet.model.layer_plan import CONFIG_KEY
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
 from axolotl_bitnet.storage.safetensors_stream import SINGLE, Entry, SafetensorsWriter
 from axolotl_bitnet.ternary import EPSILON, scale_of
+from support import ROOT, TINY
+from support.llamas import VARIANTS, YARN, build, save
+from support.processes import python
 
 gguf = pytest.importorskip("gguf")
 KINDS = {"tq2_0": gguf.GGMLQuantizationType.TQ2_0, "tq1_0": gguf.GGMLQuantizationType.TQ1_0}
@@ -534,16 +534,7 @@ def test_writing_and_reading_need_little_memory(tmp_path: Path) -> None:
     write_json(source / "config.json", config | {CONFIG_KEY: {"converted": converted, "dense": ["lm_head"]}})
     largest, total = max(e.nbytes for e in entries), sum(e.nbytes for e in entries)
     assert total > 380 * 2**20
-    package = str(Path(axolotl_bitnet.__file__).parents[1])
-    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "model.gguf"), "tq1_0"],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = python("-c", MEMORY, source, tmp_path / "model.gguf", "tq1_0", OMP_NUM_THREADS="1")
     peak = int(done.stdout)
     print(f"peak {peak / 2**20:.0f} MiB, largest {largest / 2**20:.0f} MiB, total {total / 2**20:.0f} MiB")
     assert largest / 8 < peak < 2 * largest + 300 * 2**20
@@ -563,7 +554,7 @@ def test_the_metadata_are_the_gguf_package_s(file: Path, latents: Path) -> None:
 
 
 def test_python_of_the_page_runs(latents: Path, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "gguf.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "gguf.md").read_text(encoding="utf-8")
     shutil.copytree(latents, tmp_path / "outputs" / "falcon-e-3b-sft")
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):

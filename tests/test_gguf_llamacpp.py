@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from llamacpp import LlamaCpp
-from llamas import TINY, VARIANTS, build, save
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +17,9 @@ from axolotl_bitnet.formats.export import export_gguf
 from axolotl_bitnet.formats.gguf import architecture as gguf_llama
 from axolotl_bitnet.formats.gguf import metadata
 from axolotl_bitnet.formats.gguf.writer import TYPES
+from support import TINY
+from support.llamacpp import LlamaCpp
+from support.llamas import VARIANTS, build, save
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llamas import TINY, build, save
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors, trainers
 from tokenizers import pre_tokenizers as pieces
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -26,6 +25,8 @@ from axolotl_bitnet.formats.gguf.tokenizer import (
     read_vocabulary,
 )
 from axolotl_bitnet.storage.atomic import CheckpointError, write_json
+from support import TINY
+from support.llamas import build, save
 
 TEXTS = [
     *gguf_pretokenizer._TEXTS,
@@ -132,9 +133,8 @@ def test_the_pre_tokenizer_is_found(tmp_path: Path, kind: str, caplog: pytest.Lo
 def test_llama_cpp_gives_the_same_ids(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("xllamacpp")
-    from llamacpp import LlamaCpp
-
     from axolotl_bitnet.formats.export import export_gguf
+    from support.llamacpp import LlamaCpp
 
     folder = save_tokenizer(KINDS[kind][1](), tmp_path / "tokenizer")
     model = build(vocab_size=1000, num_hidden_layers=1)

@@ -18,9 +18,7 @@ pytest.importorskip("axolotl.cli")
 from click.testing import CliRunner
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
-from runs import TINY, config, train
 from transformers import AutoTokenizer
-from zoo import MADE, make_run
 
 from axolotl_bitnet.cli.main import main
 from axolotl_bitnet.formats.registry import FORMATS
@@ -32,6 +30,9 @@ from axolotl_bitnet.plugin.args import BitNetConfig
 from axolotl_bitnet.plugin.card import write_card
 from axolotl_bitnet.plugin.finish import export_run
 from axolotl_bitnet.verify.verify import VerificationError, verify_checkpoint
+from support import TINY
+from support.runs import config, train
+from support.zoo import MADE, make_run
 
 Files = dict[str, bytes]
 

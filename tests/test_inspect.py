@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from zoo import HAS_GGUF, Q, edit_tensors, make_run
 
 from axolotl_bitnet.formats.registry import FORMATS
 from axolotl_bitnet.model.fingerprint import Fingerprint
@@ -20,6 +19,7 @@ from axolotl_bitnet.run_folder import RUN_FILE
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
 from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from axolotl_bitnet.verify.inspect import inspect
+from support.zoo import HAS_GGUF, Q, edit_tensors, make_run
 
 
 @pytest.fixture(scope="module")

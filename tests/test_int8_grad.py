@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from layers import Attention, by_name, layer_for, run
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from axolotl_bitnet import ternary
 from axolotl_bitnet.layers.bitlinear import BitLinear, bitlinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
+from support.layers import Attention, by_name, layer_for, run
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 

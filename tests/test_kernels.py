@@ -6,45 +6,31 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support import ROOT
+from support.processes import python
+
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
-TESTS = Path(__file__).resolve().parent
 KIB = 1024
-
-
-def in_a_process(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
-    """Python, with TRITON_INTERPRET as asked: Triton reads it once, when it is imported."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_INTERPRET")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
-
 
 # Results
 
 
 def test_results_in_the_interpreter() -> None:
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(TESTS / "interpreted")]
-    ran = in_a_process(*command, interpret=True)
-    assert ran.returncode == 0, f"{ran.stdout[-20_000:]}\n{ran.stderr[-5_000:]}"
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    ran = python(*command, ROOT / "tests" / "interpreted", timeout=600, TRITON_INTERPRET="1")
     last = ran.stdout.strip().splitlines()[-1]
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", last.partition(" in ")[0])}
     assert counts.pop("passed") > 850 and not counts.keys() - {"warning", "warnings"}, last
-    files = {path.stem for path in (TESTS / "interpreted").glob("test_*.py")}
-    kernels = {path.stem for path in (TESTS.parent / "src/axolotl_bitnet/kernels").glob("*.py")}
+    files = {path.stem for path in (ROOT / "tests" / "interpreted").glob("test_*.py")}
+    kernels = {path.stem for path in (ROOT / "src/axolotl_bitnet/kernels").glob("*.py")}
     assert {f"test_kernels_{name}" for name in kernels - {"__init__", "arithmetic", "launch"}} == files
 
 
@@ -55,9 +41,8 @@ def test_results_in_the_interpreter() -> None:
 def launches(arch: int) -> list[dict[str, Any]]:
     """Every launch of a model's step, compiled for a GPU of this compute capability; for Blackwell's consumer
     GPUs, whose shared memory is Ada's, the matrix products alone."""
-    ran = in_a_process(str(TESTS / "compile_kernels.py"), str(arch), *(["matmul"] if arch > 90 else []))
-    assert ran.returncode == 0, ran.stderr[-10_000:]
-    return json.loads(ran.stdout)
+    only = ["matmul"] if arch > 90 else []
+    return json.loads(python("-m", "support.compile_kernels", str(arch), *only, TRITON_INTERPRET="0").stdout)
 
 
 def of(arch: int, kernel: str) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import kill_at_every_change
 from torch import nn
 
 from axolotl_bitnet.formats.export import pack_checkpoint
@@ -22,6 +21,7 @@ from axolotl_bitnet.run_folder import RUN_FILE
 from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.storage.safetensors_stream import INDEX
 from axolotl_bitnet.verify.verify import verify_checkpoint
+from support.kills import kill_at_every_change
 
 SHARDS = {"max_shard_size": "40KB"}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -13,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TINY, config
+
+from support import TINY
+from support.processes import environment
+from support.runs import config
 
 pytestmark = pytest.mark.slow
 
@@ -28,11 +30,9 @@ do_cli(sys.argv[1])
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    source = str(Path(__file__).resolve().parents[1] / "src")
-    paths = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    env = environment(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     with log.open("w") as file:
-        return subprocess.Popen([sys.executable, *command], env=environment, stdout=file, stderr=file)
+        return subprocess.Popen([sys.executable, *command], env=env, stdout=file, stderr=file)
 
 
 def write(folder: Path, name: str, **keys: Any) -> Path:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from stored import IDS, Build, by_hand, codes_and_scales, edit, edit_config, same_files, save, trained
 from torch import Tensor
 
 from axolotl_bitnet.formats.export import export_mlx, pack_checkpoint, revert_checkpoint
@@ -22,6 +21,7 @@ from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.model.layer_plan import CONFIG_KEY
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json
 from axolotl_bitnet.storage.safetensors_stream import SINGLE
+from support.stored import IDS, Build, by_hand, codes_and_scales, edit, edit_config, same_files, save, trained
 
 UP = "model.layers.1.mlp.up_proj"
 

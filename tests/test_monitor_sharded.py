@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_fsdp2 import batch, build
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 
@@ -21,10 +20,11 @@ from axolotl_bitnet.training.monitor import sampling as sample
 from axolotl_bitnet.training.monitor.callback import Observation, observe
 from axolotl_bitnet.training.monitor.sampling import Unwatchable
 from axolotl_bitnet.training.monitor.start_codes import load_start, save_start
+from support.sharded import WORLD, batch, build
 
 pytestmark = pytest.mark.slow
 
-WORLD, STEPS = 2, 3
+STEPS = 3
 
 
 def fsdp2(gather: bool = False, mesh: bool = False, reshard: bool = True) -> Any:

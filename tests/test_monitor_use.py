@@ -12,12 +12,11 @@ import torch
 
 pytest.importorskip("axolotl.cli")  # sets up logging, and would take away a handler that was there before
 
-from methods import save_base, settings_of
-from runs import Run, config, train
-
 from axolotl_bitnet.run_folder import MONITOR_FILE
 from axolotl_bitnet.training.monitor import callback as monitor_module
 from axolotl_bitnet.training.monitor.figures import observe
+from support.methods import save_base, settings_of
+from support.runs import Run, config, train
 
 pytestmark = pytest.mark.slow
 

@@ -35,6 +35,7 @@ from axolotl_bitnet.model.layer_plan import CONFIG_KEY, Plan
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
 from axolotl_bitnet.storage.safetensors_stream import INDEX, SINGLE, Entry, SafetensorsWriter
 from axolotl_bitnet.ternary import ternarize
+from support.processes import python
 
 Build = Callable[..., nn.Module]
 
@@ -140,6 +141,7 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
+from support.processes import python
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 root, results = Path(sys.argv[1]), {}
@@ -563,16 +565,7 @@ def test_packing_needs_little_memory(tmp_path: Path) -> None:
             writer.write(name, matrix)
     write_json(source / "config.json", {CONFIG_KEY: {"converted": layers, "dense": ["lm_head"]}})
 
-    package = str(Path(axolotl_bitnet.__file__).parents[1])
-    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "packed")],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = python("-c", MEMORY, source, tmp_path / "packed")
     peak, largest, total = int(done.stdout), matrix.nbytes, matrix.nbytes * len(tensors)
     assert total >= 750 * 2**20
     print(f"peak {peak / 2**20:.0f} MiB, largest {largest / 2**20:.0f} MiB, total {total / 2**20:.0f} MiB")

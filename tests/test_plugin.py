@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -19,7 +18,6 @@ from safetensors import safe_open
 pytest.importorskip("axolotl.cli")  # sets up logging, and would take away a handler that was there before
 
 from packaging.version import Version
-from runs import ROOT, TINY, config, preference, train
 from transformers import AutoTokenizer
 
 from axolotl_bitnet.layers.bitlinear import BitLinear
@@ -28,6 +26,9 @@ from axolotl_bitnet.model.layer_plan import ConversionError
 from axolotl_bitnet.plugin import plugin as plugin_module
 from axolotl_bitnet.storage.safetensors_stream import INDEX
 from axolotl_bitnet.verify.verify import VerificationError, verify_checkpoint
+from support import TINY
+from support.processes import python
+from support.runs import config, preference, train
 
 pytestmark = pytest.mark.slow
 
@@ -107,10 +108,7 @@ def test_the_flag_alone_is_enough(base: Path, tmp_path: Path) -> None:
     settings = config(tmp_path, base, plugins=None, max_steps=1)
     assert "plugins" not in settings
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    runs = [sys.executable, str(ROOT / "tests" / "runs.py")]
-    subprocess.run(
-        [*runs, str(tmp_path / "config.json"), str(tmp_path / "result.json")], check=True, timeout=300
-    )
+    python("-m", "support.runs", tmp_path / "config.json", tmp_path / "result.json")
     assert "onebitllms" not in json.loads((tmp_path / "result.json").read_text())["modules"]
     assert verify_checkpoint(tmp_path / "out" / "packed", tmp_path / "out").ok
 
@@ -131,15 +129,8 @@ def test_dense_runs_are_untouched_by_the_installed_plugin(base: Path, tmp_path: 
             folder, base, use_onebitllms=None, plugins=None if hidden else config(folder, base)["plugins"]
         )
         (folder / "config.json").write_text(json.dumps(settings))
-        command = [
-            sys.executable,
-            str(ROOT / "tests" / "runs.py"),
-            str(folder / "config.json"),
-            str(folder / "result.json"),
-        ]
-        subprocess.run(
-            [*command, *(["--hide"] if hidden else [])], check=True, capture_output=True, timeout=300
-        )
+        files = [folder / "config.json", folder / "result.json"]
+        python("-m", "support.runs", *files, *(["--hide"] if hidden else []))
         results.append(json.loads((folder / "result.json").read_text()))
         assert not (folder / "out" / "bitnet.json").exists()
     without, installed = results

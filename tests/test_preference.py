@@ -12,14 +12,14 @@ import torch
 
 pytest.importorskip("axolotl.cli")  # sets up logging, and would take away a handler that was there before
 
-from methods import ROWS, STEPS, flipped, grpo_block, save_base, settings_of
-from runs import prepare, train
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer, GRPOTrainer
 
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.plugin.refusals.preference import preference_refusals
+from support.methods import ROWS, STEPS, flipped, grpo_block, save_base, settings_of
+from support.runs import prepare, train
 
 pytestmark = pytest.mark.slow
 

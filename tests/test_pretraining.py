@@ -11,7 +11,8 @@ import torch
 import yaml
 
 pytest.importorskip("axolotl")
-from runs import ROOT, Run, train
+from support import ROOT
+from support.runs import Run, train
 
 RECIPES = ROOT / "examples" / "falcon-e"
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))

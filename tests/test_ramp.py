@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers import run
 from torch import Tensor, nn
 
 from axolotl_bitnet.formats.export import pack_checkpoint
@@ -19,6 +18,7 @@ from axolotl_bitnet.model.layer_plan import CONFIG_KEY
 from axolotl_bitnet.ops import plain
 from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.training.ramp import RampSchedule, fully_ternary, lambda_at, ramping, set_ramp
+from support.layers import run
 
 Model = Callable[..., nn.Module]
 IDS = torch.arange(3, 35).view(2, 16)

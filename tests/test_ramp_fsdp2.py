@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_fsdp2 import batch, build
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from axolotl_bitnet.layers.gathered_weight import GatheredWeight
 from axolotl_bitnet.training.fsdp2_gather import GatherTernary, gather_ternary
 from axolotl_bitnet.training.ramp import RampSchedule, fully_ternary, set_ramp
+from support.sharded import WORLD, batch, build
 
 pytestmark = pytest.mark.slow
 
-WORLD, STEPS, RAMP = 2, 5, 3
+STEPS, RAMP = 5, 3
 CASES = [("float32", False), ("float32", True), ("bfloat16", False)]
 
 

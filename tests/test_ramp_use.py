@@ -12,14 +12,14 @@ import torch
 
 pytest.importorskip("axolotl.cli")  # sets up logging, and would take away a handler that was there before
 
-from methods import save_base, settings_of
-from runs import Run, config, preference, train
 from transformers import TrainerCallback
 
 from axolotl_bitnet.formats.export import pack_checkpoint
 from axolotl_bitnet.plugin.resume import ResumeError
 from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.training.ramp import RampSchedule
+from support.methods import save_base, settings_of
+from support.runs import Run, config, preference, train
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reports
-from reports import Page, loads, page_of
 
 from axolotl_bitnet.report import ReportError, write_report
 from axolotl_bitnet.report import page as page_module
@@ -20,6 +18,8 @@ from axolotl_bitnet.report.charts import charts, grids
 from axolotl_bitnet.report.draw import _LIGHT, _curves
 from axolotl_bitnet.report.record import HIDDEN, redact
 from axolotl_bitnet.report.run_files import Layer, read_run, row_and_column
+from support import reports
+from support.reports import Page, loads, page_of
 
 pytestmark = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 

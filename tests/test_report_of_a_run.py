@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import reports
 from click.testing import CliRunner
-from reports import Page, loads
 
 from axolotl_bitnet.report import page as page_module
 from axolotl_bitnet.report.record import HIDDEN
+from support import reports
+from support.reports import Page, loads
 
 pytestmark = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 
@@ -110,7 +110,7 @@ def test_a_run_whose_export_fails_has_a_report(tmp_path: Path, monkeypatch: pyte
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, and the report that it wrote; then the same resumed from the middle, in another folder."""
     pytest.importorskip("axolotl")
-    from runs import config, train
+    from support.runs import config, train
 
     folder = tmp_path_factory.mktemp("runs")
     base = Path(__file__).resolve().parents[1] / "examples" / "falcon-e" / "tiny" / "model"

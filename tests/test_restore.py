@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TINY
 from safetensors.torch import load_file, save_file
-from stored import IDS, Build, by_hand, codes_and_scales, edit, edit_config, save, trained
 from torch import Tensor, nn
 
 import axolotl_bitnet
@@ -29,6 +27,8 @@ from axolotl_bitnet.ops import pack_codes
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json
 from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from axolotl_bitnet.ternary import dequantize, scale_of, ternarize
+from support import TINY
+from support.stored import IDS, Build, by_hand, codes_and_scales, edit, edit_config, save, trained
 
 
 def others_packed(

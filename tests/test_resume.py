@@ -21,8 +21,6 @@ import torch
 pytest.importorskip("axolotl.cli")  # sets up logging, and would take away a handler that was there before
 
 from axolotl.utils.dict import DictDefault
-from kills import kill_at_every_change
-from runs import TINY, Run, config, preference, train
 from transformers import AutoTokenizer, Trainer, TrainerCallback
 
 from axolotl_bitnet.formats.export import pack_checkpoint
@@ -34,6 +32,9 @@ from axolotl_bitnet.storage.safetensors_stream import INDEX
 from axolotl_bitnet.storage.trainer_checkpoint import problems
 from axolotl_bitnet.ternary import ternarize
 from axolotl_bitnet.verify.verify import verify_checkpoint
+from support import TINY
+from support.kills import kill_at_every_change
+from support.runs import Run, config, preference, train
 
 pytestmark = pytest.mark.slow
 

@@ -11,13 +11,13 @@ import torch
 
 pytest.importorskip("axolotl.cli")  # sets up logging, and would take away a handler that was there before
 
-from methods import STEPS, flipped, save_base, settings_of
-from runs import train
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.verify.verify import verify_checkpoint
+from support.methods import STEPS, flipped, save_base, settings_of
+from support.runs import train
 
 pytestmark = pytest.mark.slow
 

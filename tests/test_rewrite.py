@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from stored import by_hand
 
-import axolotl_bitnet
 from axolotl_bitnet.formats.export import pack_checkpoint
 from axolotl_bitnet.formats.folder_writer import WholeMatrices, rewrite
 from axolotl_bitnet.formats.registry import open_checkpoint
 from axolotl_bitnet.model.layer_plan import CONFIG_KEY
 from axolotl_bitnet.storage.atomic import CheckpointError, write_json
 from axolotl_bitnet.storage.safetensors_stream import SINGLE, Entry, SafetensorsWriter
+from support.processes import python
+from support.stored import by_hand
 
 MEMORY = """
 import importlib, sys
@@ -62,16 +59,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("module", WRITERS)
 def test_writing_needs_little_memory(large: Path, tmp_path: Path, module: str) -> None:
     """Twice the largest tensor and some slack."""
-    package = str(Path(axolotl_bitnet.__file__).parents[1])
-    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, module, WRITERS[module], str(large), str(tmp_path / "out")],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = python("-c", MEMORY, module, WRITERS[module], large, tmp_path / "out")
     peak, largest = int(done.stdout), SIDE * SIDE * 2
     print(f"{module}: peak {peak / 2**20:.0f} MiB, largest {largest / 2**20:.0f} MiB")
     assert largest / 8 < peak, "nothing was measured"

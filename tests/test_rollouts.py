@@ -194,9 +194,10 @@ def test_a_grpo_run_pushes_before_it_generates_and_after_every_step(
 ) -> None:
     """A whole Axolotl run; vLLM's place is taken by a dense model that only knows what was pushed."""
     pytest.importorskip("axolotl.cli")
-    from methods import STEPS, grpo_block, save_base, settings_of
-    from runs import train
     from transformers import AutoModelForCausalLM
+
+    from support.methods import STEPS, grpo_block, save_base, settings_of
+    from support.runs import train
 
     base = save_base(tiny_model, tmp_path / "base")
     engine = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from runs import TINY, config, train
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.nn.functional import all_gather as gather_with_gradients
@@ -18,6 +17,8 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
+from support import TINY
+from support.runs import config, train
 
 
 @pytest.mark.parametrize("cuts", [[5, 13, 1], [19], [8, 11], [1] * 19])

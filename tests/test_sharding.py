@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_fsdp2
 import torch
 import torch.distributed as dist
-from test_fsdp2 import Block, batch, build, reference, train
 from torch import nn
 
 from axolotl_bitnet.layers.bitlinear import BitLinear
@@ -20,8 +18,9 @@ from axolotl_bitnet.model.fingerprint import Fingerprint, fingerprint_model
 from axolotl_bitnet.model.preflight import preflight
 from axolotl_bitnet.model.whole_weights import whole_weights
 from axolotl_bitnet.ternary import dequantize, ternarize
+from support import sharded
+from support.sharded import WORLD, Block, batch, build, reference, train
 
-WORLD = 2
 FSDP1 = [  # original parameters, resharded after forward, precision, checkpointed
     (True, True, "none", False),
     (True, True, "none", True),
@@ -171,7 +170,7 @@ def test_zero_is_the_unsharded_model(
 ) -> None:
     stage, policy = ZERO[index]
     if policy == "bf16":  # DeepSpeed takes its float32 masters from the model in bfloat16
-        monkeypatch.setattr(test_fsdp2, "build", lambda *args: build(*args).to(torch.bfloat16).float())
+        monkeypatch.setattr(sharded, "build", lambda *args: build(*args).to(torch.bfloat16).float())
     expected = reference(policy, torch.float32, False)
     for rank in range(WORLD):
         seen = zero[rank][index]

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from layers import Attention, layer_for
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef
 
 from axolotl_bitnet import ops, ternary
 from axolotl_bitnet.layers.bitlinear import share_codes, shared_codes
+from support.layers import Attention, layer_for
 
 
 @pytest.fixture

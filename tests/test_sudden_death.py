@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from stored import Build, trained
-from test_bad_input import TINY, contents, every_format
 
 from axolotl_bitnet.formats.registry import Format, open_checkpoint
 from axolotl_bitnet.model.fingerprint import Fingerprint, fingerprint_model
 from axolotl_bitnet.storage.atomic import CheckpointError
+from support import TINY
+from support.stored import Build, contents, trained
+from support.zoo import every_format
 
 TRIES = 20
 """For each format, of which there are three at least, twice; half of them are to meet it alive."""

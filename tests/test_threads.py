@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import stored
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +17,7 @@ from axolotl_bitnet.formats.registry import open_checkpoint
 from axolotl_bitnet.storage import parallel as threads
 from axolotl_bitnet.storage.parallel import one_thread, parallel_map, row_ranges
 from axolotl_bitnet.verify.contents import compare_tensors
+from support import stored
 
 
 @pytest.fixture(autouse=True, params=[1, 2, 5])

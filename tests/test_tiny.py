@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
-TINY = Path(__file__).resolve().parents[1] / "examples" / "falcon-e" / "tiny"
+from support import TINY
+from support.processes import python
+
 WRITTEN = ["train.jsonl", "heldout.jsonl", "dpo.jsonl", "model/tokenizer.json", "model/tokenizer_config.json"]
 
 
@@ -19,14 +19,12 @@ def _questions(name: str) -> set[str]:
 
 
 def test_the_script_writes_the_committed_files_again(tmp_path: Path) -> None:
-    script = str(TINY / "make_data.py")
-    subprocess.run([sys.executable, script, "--out", str(tmp_path)], check=True, capture_output=True)
+    script = TINY / "make_data.py"
+    python(script, "--out", tmp_path)
     for name in WRITTEN:
         assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes(), name
     other = tmp_path / "other"
-    subprocess.run(
-        [sys.executable, script, "--out", str(other), "--seed", "1"], check=True, capture_output=True
-    )
+    python(script, "--out", other, "--seed", "1")
     assert (other / "train.jsonl").read_bytes() != (TINY / "train.jsonl").read_bytes()
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from axolotl_bitnet import convert_to_bitlinear, pack_checkpoint, revert_checkpoint
 from axolotl_bitnet.formats.registry import FORMATS
 from axolotl_bitnet.formats.usage import usages
+from support import TINY
+from support.processes import python
 
-TINY = Path(__file__).parents[1] / "examples" / "falcon-e" / "tiny" / "model"
 ODD = """a "run", it's $HOME's"""
 
 
@@ -34,10 +32,10 @@ def test_commands_are_one_line_and_name_the_path(name: str) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("usage") / ODD
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY / "model"))
     convert_to_bitlinear(model)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY / "model").save_pretrained(folder)
     pack_checkpoint(folder, folder / "packed")
     revert_checkpoint(folder, folder / "dense")
     return folder
@@ -46,9 +44,5 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["packed", "dense"])
 def test_python_runs(run: Path, name: str) -> None:
     (way,) = (way for way in usages(name, str(run / name)) if way.language == "python")
-    environment = os.environ | {"TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", way.text], env=environment, text=True, capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = python("-c", way.text, TORCH_COMPILE_DISABLE="1", HF_HUB_OFFLINE="1")
     assert "The capital of France is" in done.stdout

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from zoo import (
+
+from axolotl_bitnet.formats.registry import FORMATS
+from axolotl_bitnet.formats.restore import restore_latents
+from axolotl_bitnet.verify.logits import PROMPTS
+from axolotl_bitnet.verify.report import VerificationReport
+from axolotl_bitnet.verify.verify import verify_checkpoint
+from support.zoo import (
     HAS_GGUF,
     MADE,
     Q,
@@ -23,12 +29,6 @@ from zoo import (
     flip_code,
     make_run,
 )
-
-from axolotl_bitnet.formats.registry import FORMATS
-from axolotl_bitnet.formats.restore import restore_latents
-from axolotl_bitnet.verify.logits import PROMPTS
-from axolotl_bitnet.verify.report import VerificationReport
-from axolotl_bitnet.verify.verify import verify_checkpoint
 
 KINDS = ["latents", *MADE]
 

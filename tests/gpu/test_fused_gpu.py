@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from layers import close, gradients, kinds, mlps, norms, run_module
 from torch import Tensor, nn
 
 from axolotl_bitnet import ops, ternary
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.ops import plain
+from support.layers import close, gradients, kinds, mlps, norms, run_module
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import activations, all_same, by_dtype, by_name, last_bits, same
 
 from axolotl_bitnet import ternary
 from axolotl_bitnet.ops import plain
 from axolotl_bitnet.ops.kernels import activations as kernel
+from support.kernel_cases import activations, all_same, by_dtype, by_name, last_bits, same
 
 
 @by_dtype

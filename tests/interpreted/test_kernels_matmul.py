@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DTYPES, by_dtype, same
 from torch import Tensor
 
 from axolotl_bitnet import ternary
 from axolotl_bitnet.ops import plain
 from axolotl_bitnet.ops.kernels import matmul as kernel
+from support.kernel_cases import DTYPES, by_dtype, same
 
 TMA = [
     kernel.Tiles(16, 16, 32, 1, 1),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import same
 
 from axolotl_bitnet.ops import plain
 from axolotl_bitnet.ops.kernels import packing as kernel
+from support.kernel_cases import same
 
 
 @pytest.mark.parametrize("rows", [4, 12, 128])

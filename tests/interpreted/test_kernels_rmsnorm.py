@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import (
+
+from axolotl_bitnet import ternary
+from axolotl_bitnet.ops import plain
+from axolotl_bitnet.ops.kernels import rmsnorm as kernel
+from support.kernel_cases import (
     activations,
     all_same,
     by_dtype,
     by_mild_name,
     mild_activations,
 )
-
-from axolotl_bitnet import ternary
-from axolotl_bitnet.ops import plain
-from axolotl_bitnet.ops.kernels import rmsnorm as kernel
 
 EPS = 1e-6
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import same
 
 from axolotl_bitnet import ternary
 from axolotl_bitnet.ops import plain
 from axolotl_bitnet.ops.kernels import shards as kernel
 from axolotl_bitnet.ops.kernels import weights
+from support.kernel_cases import same
 
 SHAPES = [(1, 1), (5, 3), (8, 16), (37, 24), (64, 100), (130, 33), (12, 2049)]
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernel_cases import (
+from torch import Tensor
+from torch.nn.functional import silu
+
+from axolotl_bitnet import ternary
+from axolotl_bitnet.ops import plain
+from axolotl_bitnet.ops.kernels import swiglu as kernel
+from support.kernel_cases import (
     activations,
     all_same,
     by_dtype,
@@ -14,12 +20,6 @@ from kernel_cases import (
     last_bits,
     same,
 )
-from torch import Tensor
-from torch.nn.functional import silu
-
-from axolotl_bitnet import ternary
-from axolotl_bitnet.ops import plain
-from axolotl_bitnet.ops.kernels import swiglu as kernel
 
 
 def operands(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

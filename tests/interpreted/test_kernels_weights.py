@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from kernel_cases import all_same, by_dtype, same
 from torch import Tensor
 
 from axolotl_bitnet import ternary
 from axolotl_bitnet.ops import plain
 from axolotl_bitnet.ops.kernels import weights as kernel
+from support.kernel_cases import all_same, by_dtype, same
 
 
 def matrices() -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Axolotl runs for the tests: a tiny local model, a few steps, on the CPU.
 
-As a program it does one run in a process of its own: ``python tests/runs.py CONFIG.json RESULT.json``, and
+As a program it does one run in a process of its own: ``python -m support.runs CONFIG.json RESULT.json``, and
 with ``--hide`` as if this package were not installed.
 """
 
@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+from support import TINY
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "examples" / "falcon-e" / "tiny"
 PLUGIN = "axolotl_bitnet.BitNetPlugin"
 
 

@@ -58,6 +58,11 @@ def save(model: nn.Module, folder: Path, saving: str = "float32") -> Path:
     return folder
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder, by its path in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def codes_and_scales(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     names = getattr(model.config, CONFIG_KEY)["converted"]  # type: ignore[union-attr, arg-type]
     return {name: ternarize(model.get_submodule(name).weight.detach()) for name in names}  # type: ignore[arg-type]

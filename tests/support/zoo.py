@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,11 +24,21 @@ from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.plugin.artifacts import finish_run
 from axolotl_bitnet.storage.safetensors_stream import SINGLE
+from support import TINY
 
-TINY = Path(__file__).resolve().parents[1] / "examples" / "falcon-e" / "tiny"
 HAS_GGUF = importlib.util.find_spec("gguf") is not None
 MADE = [name for name in FORMATS if HAS_GGUF or not name.startswith("gguf")]
 """Names of the formats that this machine can make."""
+
+every_format = pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(
+            entry, id=name, marks=pytest.mark.skipif(name not in MADE, reason=f"{name} is not installed")
+        )
+        for name, entry in FORMATS.items()
+    ],
+)
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import TINY, config, preference
 from transformers import AutoTokenizer
 
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.ternary import ternarize
+from support import TINY
+from support.runs import config, preference
 
 ROWS = 24
 STEPS = 10
@@ -47,7 +48,7 @@ def grpo_block(**overrides: Any) -> dict[str, Any]:
         "beta": 0.1,
         "num_generations": 4,
         "max_completion_length": 5,
-        "reward_funcs": ["rewards.low_tokens"],
+        "reward_funcs": ["support.rewards.low_tokens"],
     }
     return block | overrides
 

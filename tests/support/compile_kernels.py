@@ -1,8 +1,8 @@
 """Compiles every launch of the kernels for an NVIDIA GPU that need not be there, and says what came out.
 
-``python tests/compile_kernels.py 90 [matmul]`` prints a JSON list, one object a launch. The launches are the
-host code's own, for the shapes of real models, caught on their way to the GPU: their constants, warps and
-stages are what would run, and integers and pointers are specialized as Triton specializes them.
+``python -m support.compile_kernels 90 [matmul]`` prints a JSON list, one object a launch. The launches are
+the host code's own, for the shapes of real models, caught on their way to the GPU: their constants, warps
+and stages are what would run, and integers and pointers are specialized as Triton specializes them.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 
 from axolotl_bitnet import convert_to_bitlinear
+from support import TINY
 
-TINY = Path(__file__).resolve().parents[1] / "examples" / "falcon-e" / "tiny"
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1000.0,

@@ -1,5 +1,7 @@
 """One run with Axolotl's kd plugin, in a process of its own: plugins extend the training arguments only
-before these are first imported. ``python tests/distilling.py CONFIG.json RESULT.json BATCH.safetensors``."""
+before these are first imported.
+
+``python -m support.distilling CONFIG.json RESULT.json BATCH.safetensors``"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import train
 from safetensors.torch import save_file
+
+from support.runs import train
 
 
 def main(settings: str, result: str, first_batch: str) -> None:

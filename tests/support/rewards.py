@@ -1,4 +1,4 @@
-"""A reward function for GRPO runs, named in their configs as `rewards.low_tokens`."""
+"""A reward function for GRPO runs, named in their configs as `support.rewards.low_tokens`."""
 
 from __future__ import annotations
 

@@ -141,7 +141,6 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
-from support.processes import python
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 root, results = Path(sys.argv[1]), {}

@@ -31,7 +31,7 @@ def settings_of(method: str, folder: Path, base: Path, **overrides: Any) -> dict
     """The config of a run of ``STEPS`` steps: an `rl:` method, or a key like `reward_model`."""
     keys: dict[str, Any] = {"max_steps": STEPS, "learning_rate": 3e-3, "sequence_len": 48}
     keys["datasets"] = [_rows_of(method, folder)]
-    keys |= {"remove_unused_columns": False, "dataset_num_proc": 0}  # one process starts a pool
+    keys["remove_unused_columns"] = False
     if method in ("reward_model", "process_reward_model"):
         return config(folder, base, **(keys | {method: True} | overrides))
     if method == "orpo":

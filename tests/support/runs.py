@@ -9,9 +9,12 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from support import TINY
 
@@ -63,7 +66,7 @@ def config(folder: Path, base: Path, **overrides: Any) -> dict[str, Any]:
         "tf32": False,
         "logging_steps": 1,
         "save_strategy": "no",
-        "dataset_num_proc": 1,
+        "dataset_num_proc": 0,  # one starts a pool
         "seed": 7,
     }
     settings |= overrides
@@ -88,20 +91,30 @@ def prepare(settings: dict[str, Any]) -> tuple[Any, Any]:
     from axolotl.common.datasets import load_datasets, load_preference_datasets
     from axolotl.integrations.base import PluginManager
     from axolotl.utils.dict import DictDefault
+    from datasets import Dataset
 
     cfg = load_cfg(DictDefault(settings))
-    PluginManager.get_instance().load_datasets(cfg, preprocess=False)
-    return cfg, load_preference_datasets(cfg=cfg) if cfg.rl else load_datasets(cfg=cfg)
+    with patch.object(Dataset, "save_to_disk", partialmethod(_save_in_this_process, Dataset.save_to_disk)):
+        PluginManager.get_instance().load_datasets(cfg, preprocess=False)
+        return cfg, load_preference_datasets(cfg=cfg) if cfg.rl else load_datasets(cfg=cfg)
 
 
-def train(settings: dict[str, Any]) -> Run:
-    """Do what `axolotl train` does, in this process."""
+def _save_in_this_process(dataset: Any, save: Any, path: str, num_proc: int, **options: Any) -> None:
+    """Axolotl starts a pool, even of one, and each of its processes imports `datasets` anew: seconds a run."""
+    save(dataset, path, **options)
+
+
+def train(settings: dict[str, Any], report: bool = False) -> Run:
+    """Do what `axolotl train` does, in this process; its report is drawn (seconds) only where asked for."""
     from axolotl.train import train as axolotl_train
+
+    from axolotl_bitnet.plugin import run_log
 
     cfg, data = prepare(settings)
     gc.freeze()  # Axolotl collects garbage all the time, which takes longer than a step
     try:
-        model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=data)
+        with nullcontext() if report else patch.object(run_log, "write_report", lambda _: "not drawn"):
+            model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=data)
     finally:
         gc.unfreeze()
     return Run(trainer, model, cfg)

@@ -100,7 +100,7 @@ def prepare(settings: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _save_in_this_process(dataset: Any, save: Any, path: str, num_proc: int, **options: Any) -> None:
-    """Axolotl starts a pool, even of one, and each of its processes imports `datasets` anew: seconds a run."""
+    """Axolotl starts a pool, even of one, and each of its processes imports `datasets` anew: seconds."""
     save(dataset, path, **options)
 
 

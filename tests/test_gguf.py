@@ -504,7 +504,8 @@ MEMORY = """
 import sys
 import torch, transformers, gguf
 from transformers import AutoTokenizer
-from axolotl_bitnet.checkpoint.gguf import GGUFCheckpoint, export_gguf
+from axolotl_bitnet.formats.export import export_gguf
+from axolotl_bitnet.formats.gguf.reader import GGUFCheckpoint
 
 def status(key):
     lines = open("/proc/self/status").read().splitlines()

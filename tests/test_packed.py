@@ -537,7 +537,7 @@ def test_check_sees_the_whole_folder_before_it_has_its_name(zoo: Zoo, tmp_path: 
 MEMORY = """
 import sys
 import torch
-from axolotl_bitnet.checkpoint.packed import pack_checkpoint
+from axolotl_bitnet.formats.export import pack_checkpoint
 
 def status(key):
     lines = open("/proc/self/status").read().splitlines()

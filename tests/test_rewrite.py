@@ -19,9 +19,9 @@ from support.stored import by_hand
 MEMORY = """
 import sys
 import torch
-from axolotl_bitnet.formats import export
+from axolotl_bitnet.formats.export import export_mlx, revert_checkpoint
+from axolotl_bitnet.formats.restore import restore_latents
 function, source, target = sys.argv[1:]
-write = getattr(export, function)
 
 def status(key):
     lines = open("/proc/self/status").read().splitlines()
@@ -29,7 +29,7 @@ def status(key):
 
 torch.set_num_threads(2)
 before = status("VmRSS")
-write(source, target)
+globals()[function](source, target)
 print(status("VmHWM") - before)  # the peak of this process; ru_maxrss would start from its parent's
 """
 SIDE, LAYERS = 4096, 6

@@ -20,7 +20,6 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from axolotl_bitnet import ops
-from axolotl_bitnet.ops import plain
 
 MATRICES = {  # name: out_features, in_features
     "1B/3B q, o": (2048, 2048),
@@ -82,7 +81,7 @@ def matmuls(tokens: int) -> Iterator[dict[str, Any]]:
             lambda us, n=operations: f"{n / us / 1e6:.0f} TOP/s",
             partial(torch.nn.functional.linear, x, w),
             ours=partial(ops.matmul, *args),
-            torch=partial(plain.matmul, *args),
+            torch=partial(ops.matmul.plain, *args),
         )
 
 
@@ -91,7 +90,8 @@ def passes(tokens: int) -> Iterator[dict[str, Any]]:
     from onebitllms import activation_quant_triton, weight_quant_triton
 
     def of(name: str, shape: str, nbytes: float, *args: Any, **peers: Run) -> dict[str, Any]:
-        ours, twin = (partial(getattr(module, name), *args) for module in (ops, plain))
+        operation = getattr(ops, name)
+        ours, twin = partial(operation, *args), partial(operation.plain, *args)
         rate = partial("{:.2f} TB/s".format)
         return compare(
             name, shape, lambda us: rate(nbytes / us / 1e6), copy_of(nbytes), ours=ours, torch=twin, **peers

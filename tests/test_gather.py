@@ -15,10 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from axolotl_bitnet import ops
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.layers.gathered_weight import GatheredWeight
 from axolotl_bitnet.model.fingerprint import fingerprint_model
-from axolotl_bitnet.ops import dequantized_weight, plain, ternarize, transposed_codes
+from axolotl_bitnet.ops import dequantized_weight, ternarize, transposed_codes
 from axolotl_bitnet.training.fsdp2_gather import GatherTernary, gather_ternary
 from support.sharded import batch, build
 
@@ -166,14 +167,14 @@ def gathered() -> Any:
     assert weight.dtype == torch.bfloat16 and weight.shape == latents.shape and weight.requires_grad
     rows = -(-latents.shape[0] // dist.get_world_size())
     assert weight.packed.numel() == dist.get_world_size() * -(-rows // 4) * latents.shape[1]
-    codes, s, g = plain.ternarize(latents)
+    codes, s, g = ops.ternarize.plain(latents)
     for one, other in zip(ternarize(weight), (codes, s, g), strict=True):
         assert torch.equal(one, other)
     assert torch.equal(
-        dequantized_weight(weight, g, torch.float32), plain.dequantized_weight(latents, g, torch.float32)
+        dequantized_weight(weight, g, torch.float32), ops.dequantized_weight.plain(latents, g, torch.float32)
     )
     assert torch.equal(transposed_codes(weight, g)[0], codes.t())
-    assert torch.equal(weight * 2, plain.dequantized_weight(latents, g, torch.bfloat16) * 2)
+    assert torch.equal(weight * 2, ops.dequantized_weight.plain(latents, g, torch.bfloat16) * 2)
     with FakeTensorMode() as fake:  # a compiler logs what it compiles
         assert "GatheredWeight((37, 24)" in repr(fake.from_tensor(weight))
     with pytest.raises(RuntimeError, match="only read"):

@@ -13,7 +13,6 @@ from axolotl_bitnet import ops
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.layers.weight_codes import forget_codes, keep_codes, ternarize, weights_unchanged
 from axolotl_bitnet.model.convert import convert_to_bitlinear
-from axolotl_bitnet.ops import plain
 
 
 @pytest.fixture
@@ -134,7 +133,7 @@ def test_the_next_window_sees_what_the_optimizer_did(
         optimizer.zero_grad()
         with weights_unchanged():
             found = ternarize(layer.weight)
-        for one, other in zip(found, plain.ternarize(layer.weight.detach().clone()), strict=True):
+        for one, other in zip(found, ops.ternarize.plain(layer.weight.detach().clone()), strict=True):
             assert torch.equal(one, other)
 
 
@@ -148,7 +147,7 @@ def test_the_next_window_sees_what_an_8_bit_optimizer_did() -> None:
     optimizer.step()
     with weights_unchanged():
         found = ternarize(layer.weight)[0]
-    assert torch.equal(found, plain.ternarize(layer.weight.detach().clone())[0])
+    assert torch.equal(found, ops.ternarize.plain(layer.weight.detach().clone())[0])
     assert not torch.equal(found, before)
 
 
@@ -161,7 +160,7 @@ def test_the_next_window_sees_an_edit(edit: Callable[[BitLinear], None]) -> None
     edit(layer)
     with weights_unchanged():
         assert not torch.equal(layer(x), before)
-        assert torch.equal(ternarize(layer.weight)[0], plain.ternarize(layer.weight.detach().clone())[0])
+        assert torch.equal(ternarize(layer.weight)[0], ops.ternarize.plain(layer.weight.detach().clone())[0])
 
 
 @pytest.mark.parametrize("edit", [by_no_grad, by_state, by_assignment, by_new_data])
@@ -171,7 +170,7 @@ def test_edits_that_can_be_seen_are_seen_inside_a_window_too(edit: Callable[[Bit
     with weights_unchanged():
         ternarize(layer.weight)
         edit(layer)
-        assert torch.equal(ternarize(layer.weight)[0], plain.ternarize(layer.weight.detach().clone())[0])
+        assert torch.equal(ternarize(layer.weight)[0], ops.ternarize.plain(layer.weight.detach().clone())[0])
 
 
 def test_an_error_closes_the_window(made: list[Tensor]) -> None:

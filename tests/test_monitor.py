@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from axolotl_bitnet import ops
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
-from axolotl_bitnet.ops import plain
 from axolotl_bitnet.run_folder import MONITOR_FILE
 from axolotl_bitnet.training.monitor import callback as monitor_module
 from axolotl_bitnet.training.monitor import sampling as sample
@@ -34,7 +34,7 @@ def model_of(**shapes: tuple[int, int]) -> nn.ModuleDict:
 
 def codes_of(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name: plain.ternarize(module.weight.detach())[0]
+        name: ops.ternarize.plain(module.weight.detach())[0]
         for name, module in model.named_modules()
         if isinstance(module, BitLinear)
     }
@@ -67,7 +67,7 @@ def test_small_models_are_counted_exactly(tiny_model: Model, dtype: torch.dtype)
         back = (now != before) & (before != earlier) & (now == earlier)
         assert view.oscillation == back.double().mean() > 0
         weight = model.get_submodule(name).weight.detach()
-        assert view.scale == plain.ternarize(weight)[2] and view.scale_start == start_scales[name]
+        assert view.scale == ops.ternarize.plain(weight)[2] and view.scale_start == start_scales[name]
         assert view.scale_drift == view.scale / view.scale_start - 1 != 0
         everything, flips, swings = (
             everything + now.numel(),
@@ -106,7 +106,7 @@ def test_of_larger_models_a_sample_is_counted(monkeypatch: pytest.MonkeyPatch) -
         view, error = seen.layers[name], 4 * math.sqrt(0.25 / 4000)
         assert view.zeros == pytest.approx((now == 0).double().mean().item(), abs=error)
         assert view.flips == pytest.approx((now != before[name]).double().mean().item(), abs=error)
-        g = plain.ternarize(model[name].weight.detach())[2]
+        g = ops.ternarize.plain(model[name].weight.detach())[2]
         assert view.scale == pytest.approx(float(g), rel=0.05)
     assert seen.layers["small"].zeros == (codes_of(model)["small"] == 0).double().mean()
 
@@ -246,7 +246,7 @@ def test_monitor_json_says_where_every_layer_began_and_is(tmp_path: Path) -> Non
     ended = json.loads((tmp_path / MONITOR_FILE).read_text())
     assert ended["step"] == 1 and list(ended["layers"]) == ["q_proj", "up_proj"]
     for name, entry in ended["layers"].items():
-        codes, _, g = plain.ternarize(model[name].weight.detach())
+        codes, _, g = ops.ternarize.plain(model[name].weight.detach())
         assert entry["zeros"] == pytest.approx((codes == 0).double().mean().item(), rel=1e-5)
         assert entry["scale"] == pytest.approx(float(g), rel=1e-5) and entry["flips_total"] > 0
         assert entry["scale_start"] == begun["layers"][name]["scale"]

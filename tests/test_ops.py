@@ -13,7 +13,6 @@ from torch.nn.functional import silu
 
 from axolotl_bitnet import ops, ternary
 from axolotl_bitnet.layers.bitlinear import bitlinear
-from axolotl_bitnet.ops import plain, shard_ops
 
 EPS = 1e-6
 OPERATIONS = [
@@ -77,7 +76,7 @@ def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bi
     four = ternary.ternarize(torch.randn(8, columns))[0]  # as many rows as bytes want
     four = four if x.is_contiguous() else four.t().contiguous().t()
     norm = torch.randn(columns).to(x.dtype)
-    packed = plain.pack_codes(four)[:2].expand(2, -1)  # one shard of four rows, one of three
+    packed = ops.pack_codes.plain(four)[:2].expand(2, -1)  # one shard of four rows, one of three
     packed = packed if x.is_contiguous() else packed.t().contiguous().t()
     rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
     return {
@@ -92,7 +91,7 @@ def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bi
         "rmsnorm_quantize": [x, norm, EPS, dtype],
         "rmsnorm_backward": [dy, x, norm, rstd],
         "pack_codes": [four],
-        "unpack_codes": [plain.pack_codes(four)],
+        "unpack_codes": [ops.pack_codes.plain(four)],
         "unpack_shards": [packed, 2, 7],
         "dequantize_shards": [packed, g, 2, 7, dtype],
     }[operation]
@@ -103,7 +102,7 @@ def registered(operation: str) -> Callable[..., Any]:
 
 
 def public(operation: str) -> Callable[..., Any]:
-    return getattr(ops, operation, None) or getattr(shard_ops, operation)
+    return getattr(ops, operation)
 
 
 def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

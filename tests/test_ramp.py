@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from axolotl_bitnet import ops
 from axolotl_bitnet.formats.export import pack_checkpoint
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.layers.weight_codes import weights_unchanged
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.model.layer_plan import CONFIG_KEY
-from axolotl_bitnet.ops import plain
 from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.training.ramp import RampSchedule, fully_ternary, lambda_at, ramping, set_ramp
 from support.layers import run
@@ -42,8 +42,8 @@ def test_a_layer_against_the_formula(shape: tuple[int, ...], bias: bool, value: 
     set_ramp(layer, value)
     y, dx, dy = run(layer, x)
     w = layer.weight.detach().double()
-    codes, s, _ = plain.ternarize(layer.weight)
-    codes_x, r = plain.quantize_activations(x, x.dtype)
+    codes, s, _ = ops.ternarize.plain(layer.weight)
+    codes_x, r = ops.quantize_activations.plain(x, x.dtype)
     mixed_w = (1 - value) * w + value * codes.double() / s.double()
     mixed_x = (1 - value) * x.double() + value * codes_x.double() / r.double()
     expected = mixed_x @ mixed_w.t() + (layer.bias.detach().double() if bias else 0)

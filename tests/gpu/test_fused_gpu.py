@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from axolotl_bitnet import ops, ternary
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
-from axolotl_bitnet.ops import plain
 from support.layers import close, gradients, kinds, mlps, norms, run_module
 
 pytestmark = [
@@ -150,7 +149,7 @@ def test_compiled_decoder_layer(tiny_model, dtype: torch.dtype) -> None:
     for function in (layer, compiled):
         leaf = x.clone().requires_grad_()
         y, seen, codes, r = function(leaf)
-        expected = plain.quantize_activations(seen.detach(), dtype)
+        expected = ops.quantize_activations.plain(seen.detach(), dtype)
         assert torch.equal(codes, expected[0]) and torch.equal(r, expected[1])  # of what was really seen
         y.float().square().sum().backward()
         results.append([y.detach(), leaf.grad, *gradients(layer.layer)])

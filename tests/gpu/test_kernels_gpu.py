@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from axolotl_bitnet import ops, ternary
-from axolotl_bitnet.ops import plain
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,8 +70,8 @@ def test_activations(columns: int, dtype: torch.dtype) -> None:
     for rows in ROWS:
         x = rows_of_all_kinds(rows, columns, dtype)
         for seen in {dtype, torch.bfloat16}:
-            all_same(ops.quantize_activations(x, seen), plain.quantize_activations(x, seen))
-        all_same(ops.quantize_activations(x, dtype, 1e-30), plain.quantize_activations(x, dtype, 1e-30))
+            all_same(ops.quantize_activations(x, seen), ops.quantize_activations.plain(x, seen))
+        all_same(ops.quantize_activations(x, dtype, 1e-30), ops.quantize_activations.plain(x, dtype, 1e-30))
 
 
 def test_activations_are_the_cpu_ones() -> None:
@@ -95,7 +94,7 @@ def test_activations_of_any_layout(dtype: torch.dtype) -> None:
         whole[0, :, :1].expand(50, 100),
         whole[0, 0],
     ):
-        all_same(ops.quantize_activations(x, dtype), plain.quantize_activations(x, dtype))
+        all_same(ops.quantize_activations(x, dtype), ops.quantize_activations.plain(x, dtype))
 
 
 def test_an_unaligned_tensor_after_an_aligned_one() -> None:
@@ -104,22 +103,22 @@ def test_an_unaligned_tensor_after_an_aligned_one() -> None:
     flat = randn(64 * 2048 + 3)
     for start in (0, 1, 3, 8):
         x = whole[:, start : start + 2048]
-        all_same(ops.quantize_activations(x, x.dtype), plain.quantize_activations(x, x.dtype))
+        all_same(ops.quantize_activations(x, x.dtype), ops.quantize_activations.plain(x, x.dtype))
     for start in (0, 1, 2, 3):
         weight = flat[start : start + 64 * 2048].view(64, 2048)
-        all_same(ops.ternarize(weight), plain.ternarize(weight))
-        given = rows_codes(5, 2048), plain.ternarize(weight)[:2]
+        all_same(ops.ternarize(weight), ops.ternarize.plain(weight))
+        given = rows_codes(5, 2048), ops.ternarize.plain(weight)[:2]
         bias = flat[start : start + 64]
         same(
             ops.matmul(*given[0], *given[1], bias, torch.float32),
-            plain.matmul(*given[0], *given[1], bias, torch.float32),
+            ops.matmul.plain(*given[0], *given[1], bias, torch.float32),
         )
 
 
 @by_dtype
 @pytest.mark.parametrize("columns", [100, 2048, 13312])
 def test_activations_back(columns: int, dtype: torch.dtype) -> None:
-    codes, r = plain.quantize_activations(rows_of_all_kinds(1000, columns, torch.float32), torch.float32)
+    codes, r = ops.quantize_activations.plain(rows_of_all_kinds(1000, columns, torch.float32), torch.float32)
     found, expected = ops.dequantize_activations(codes, r, dtype), ternary.dequantize(codes, r, dtype)
     if dtype == torch.float32:
         same(found, expected)
@@ -135,11 +134,11 @@ def test_activations_back(columns: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("columns, out", LAYERS + ODD_LAYERS)
 def test_weights(columns: int, out: int, dtype: torch.dtype) -> None:
     weight = (torch.randn(out, columns, device="cuda") * 0.03).to(dtype)
-    codes, s, g = plain.ternarize(weight)
+    codes, s, g = ops.ternarize.plain(weight)
     all_same(ops.ternarize(weight), (codes, s, g))
     all_same(ops.transposed_codes(weight, g), (codes.t().contiguous(), s))
     for wanted in DTYPES:
-        same(ops.dequantized_weight(weight, g, wanted), plain.dequantized_weight(weight, g, wanted))
+        same(ops.dequantized_weight(weight, g, wanted), ops.dequantized_weight.plain(weight, g, wanted))
 
 
 def test_weights_are_the_cpu_ones() -> None:
@@ -164,7 +163,7 @@ def test_one_bad_weight_poisons_the_scale(bad: float) -> None:
 @pytest.mark.parametrize("rows, columns", [(4, 1), (128, 127), (9216, 2048), (2560, 6912)])
 def test_packing(rows: int, columns: int) -> None:
     codes = torch.randint(-1, 2, (rows, columns), dtype=torch.int8, device="cuda")
-    packed = plain.pack_codes(codes)
+    packed = ops.pack_codes.plain(codes)
     same(ops.pack_codes(codes), packed)
     same(ops.unpack_codes(packed), codes)
 
@@ -173,7 +172,7 @@ def test_packing(rows: int, columns: int) -> None:
 
 
 def rows_codes(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    return plain.quantize_activations(randn(rows, columns), torch.float32)
+    return ops.quantize_activations.plain(randn(rows, columns), torch.float32)
 
 
 def integers(codes_x: Tensor, codes_w: Tensor) -> Tensor:
@@ -188,7 +187,7 @@ def scaled(product: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, dtype: to
 @by_dtype
 @pytest.mark.parametrize("columns, out", LAYERS + ODD_LAYERS)
 def test_product(columns: int, out: int, dtype: torch.dtype) -> None:
-    codes_w, s, _ = plain.ternarize(torch.randn(out, columns, device="cuda") * 0.02)
+    codes_w, s, _ = ops.ternarize.plain(torch.randn(out, columns, device="cuda") * 0.02)
     for rows in ROWS:
         codes_x, r = rows_codes(rows, columns)
         product = integers(codes_x, codes_w)
@@ -201,7 +200,7 @@ def test_both_paths_of_the_product(rows: int) -> None:
     """Pointers, as on Ampere and Ada, and TMA where there is some."""
     from axolotl_bitnet.ops.kernels import matmul as kernel
 
-    codes_w, s, _ = plain.ternarize(torch.randn(640, 2560, device="cuda") * 0.02)
+    codes_w, s, _ = ops.ternarize.plain(torch.randn(640, 2560, device="cuda") * 0.02)
     codes_x, r = rows_codes(rows, 2560)
     expected = scaled(integers(codes_x, codes_w), r, s, None, torch.bfloat16)
     multiprocessors, has_tma = kernel._gpu(0)
@@ -334,13 +333,13 @@ def test_long_tensors(many: Tensor) -> None:
     """Offsets that 32 bits cannot say: the last rows are theirs, and zeros stay zeros."""
     for part in (slice(-7, None), slice(0, 3), slice(2**20 - 20, 2**20 - 10)):
         codes, r = ops.quantize_activations(many, many.dtype)
-        expected = plain.quantize_activations(many[part], many.dtype)
+        expected = ops.quantize_activations.plain(many[part], many.dtype)
         all_same((codes[part], r[part]), expected)
         back = ops.dequantize_activations(codes, r, torch.bfloat16)[part]
         same(back, ops.dequantize_activations(*expected, torch.bfloat16))
-        codes_w, s, _ = plain.ternarize(torch.randn(2048, 2048, device="cuda"))
+        codes_w, s, _ = ops.ternarize.plain(torch.randn(2048, 2048, device="cuda"))
         y = ops.matmul(codes, r, codes_w, s, None, torch.bfloat16)
-        same(y[part], plain.matmul(*expected, codes_w, s, None, torch.bfloat16))
+        same(y[part], ops.matmul.plain(*expected, codes_w, s, None, torch.bfloat16))
         del codes, r, back, y
 
 
@@ -348,7 +347,7 @@ def test_long_tensors(many: Tensor) -> None:
 def test_long_tensors_in_fused_operations(many: Tensor) -> None:
     part = slice(-7, None)
     codes, r = ops.swiglu_quantize(many, many)
-    all_same((codes[part], r[part]), plain.swiglu_quantize(many[part], many[part]))
+    all_same((codes[part], r[part]), ops.swiglu_quantize.plain(many[part], many[part]))
     gradients = ops.swiglu_backward(many, many, many, r)
     few = ops.swiglu_backward(many[part], many[part], many[part], r[part])
     all_same(tuple(one[part] for one in gradients), few)
@@ -391,7 +390,7 @@ def test_what_is_compared_are_two_implementations(monkeypatch: pytest.MonkeyPatc
     weight = torch.randn(60, 100, device="cuda")
     ops.ternarize(weight)
     assert len(launched) == 2
-    plain.ternarize(weight)
+    ops.ternarize.plain(weight)
     monkeypatch.setattr(ops, "has_kernels", lambda *_: False)
     ops.ternarize(weight)
     assert len(launched) == 2
@@ -400,6 +399,8 @@ def test_what_is_compared_are_two_implementations(monkeypatch: pytest.MonkeyPatc
 def test_float64_is_left_to_torch() -> None:
     x, weight = torch.randn(5, 64, device="cuda", dtype=torch.float64), torch.randn(32, 64, device="cuda")
     codes, r = ops.quantize_activations(x, x.dtype)
-    all_same((codes, r), plain.quantize_activations(x, x.dtype))
+    all_same((codes, r), ops.quantize_activations.plain(x, x.dtype))
     codes_w, s, _ = ops.ternarize(weight)
-    same(ops.matmul(codes, r, codes_w, s, None, x.dtype), plain.matmul(codes, r, codes_w, s, None, x.dtype))
+    same(
+        ops.matmul(codes, r, codes_w, s, None, x.dtype), ops.matmul.plain(codes, r, codes_w, s, None, x.dtype)
+    )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from axolotl_bitnet import ternary
-from axolotl_bitnet.ops import plain
+from axolotl_bitnet import ops, ternary
 from axolotl_bitnet.ops.kernels import activations as kernel
 from support.kernel_cases import activations, all_same, by_dtype, by_name, last_bits, same
 
@@ -83,7 +82,7 @@ def test_chunks_cover_a_row(columns: int) -> None:
 @by_name
 def test_back(name: str, dtype: torch.dtype) -> None:
     x = activations()[name].contiguous()
-    codes, r = plain.quantize_activations(x, torch.float32)
+    codes, r = ops.quantize_activations.plain(x, torch.float32)
     found = kernel.dequantize_activations(codes, r, dtype)
     if dtype == torch.float32:
         same(found, ternary.dequantize(codes, r, dtype))

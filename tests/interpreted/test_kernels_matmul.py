@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from axolotl_bitnet import ternary
-from axolotl_bitnet.ops import plain
+from axolotl_bitnet import ops, ternary
 from axolotl_bitnet.ops.kernels import matmul as kernel
 from support.kernel_cases import DTYPES, by_dtype, same
 
@@ -28,8 +27,8 @@ ODD = [(1, 1, 1), (3, 7, 5), (127, 33, 9), (150, 20, 37), (17, 129, 66)]
 
 
 def operands(rows: int, columns: int, out_features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    codes_x, r = plain.quantize_activations(torch.randn(rows, columns), torch.float32)
-    codes_w, s, _ = plain.ternarize(torch.randn(out_features, columns) * 0.02)
+    codes_x, r = ops.quantize_activations.plain(torch.randn(rows, columns), torch.float32)
+    codes_w, s, _ = ops.ternarize.plain(torch.randn(out_features, columns) * 0.02)
     return codes_x, r, codes_w, s
 
 
@@ -79,7 +78,7 @@ def test_pointers(case: tuple[Any, ...]) -> None:
 def test_matmul(shape: tuple[int, ...], dtype: torch.dtype, bias: str) -> None:
     given, added = operands(*shape), biases(bias, shape[2])
     same(kernel.matmul(*given, added, dtype), definition(*given, added, dtype))
-    same(kernel.matmul(*given, added, dtype), plain.matmul(*given, added, dtype))
+    same(kernel.matmul(*given, added, dtype), ops.matmul.plain(*given, added, dtype))
 
 
 @combinations(ALIGNED + ODD)
@@ -114,8 +113,8 @@ def test_rows_of_16_bytes_go_by_tma(
 
 @pytest.mark.parametrize("lead", [(), (2, 3), (1, 2, 1, 4)])
 def test_any_rank(lead: tuple[int, ...]) -> None:
-    codes_x, r = plain.quantize_activations(torch.randn(*lead, 48), torch.float32)
-    codes_w, s, _ = plain.ternarize(torch.randn(20, 48))
+    codes_x, r = ops.quantize_activations.plain(torch.randn(*lead, 48), torch.float32)
+    codes_w, s, _ = ops.ternarize.plain(torch.randn(20, 48))
     y = kernel.matmul(codes_x, r, codes_w, s, None, torch.float32)
     assert y.shape == (*lead, 20)
     same(y, definition(codes_x, r, codes_w, s, None, torch.float32))

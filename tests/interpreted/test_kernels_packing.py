@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from axolotl_bitnet.ops import plain
+from axolotl_bitnet import ops
 from axolotl_bitnet.ops.kernels import packing as kernel
 from support.kernel_cases import same
 
@@ -14,14 +14,14 @@ from support.kernel_cases import same
 @pytest.mark.parametrize("columns", [1, 3, 64, 127, 1500])
 def test_bytes(rows: int, columns: int) -> None:
     codes = torch.randint(-1, 2, (rows, columns), dtype=torch.int8)
-    same(kernel.pack_codes(codes), plain.pack_codes(codes))
-    same(kernel.unpack_codes(plain.pack_codes(codes)), codes)
+    same(kernel.pack_codes(codes), ops.pack_codes.plain(codes))
+    same(kernel.unpack_codes(ops.pack_codes.plain(codes)), codes)
 
 
 def test_any_layout() -> None:
     codes = torch.randint(-1, 2, (30, 8), dtype=torch.int8).t()
-    same(kernel.pack_codes(codes), plain.pack_codes(codes))
-    bytes_ = plain.pack_codes(codes)
+    same(kernel.pack_codes(codes), ops.pack_codes.plain(codes))
+    bytes_ = ops.pack_codes.plain(codes)
     same(kernel.unpack_codes(bytes_.t().contiguous().t()), codes)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from axolotl_bitnet import ternary
-from axolotl_bitnet.ops import plain
+from axolotl_bitnet import ops, ternary
 from axolotl_bitnet.ops.kernels import rmsnorm as kernel
 from support.kernel_cases import (
     activations,
@@ -41,7 +40,7 @@ def test_forward(name: str, dtype: torch.dtype, seen: torch.dtype) -> None:
     unit = torch.finfo(dtype).eps / 2
     bound = (3 * unit + 8 * 2.0**-24) * exact.abs() + 2 * torch.finfo(dtype).smallest_normal
     assert ((y.double() - exact).abs() <= bound).all()
-    torch.testing.assert_close(rstd, plain.rmsnorm_quantize(x, weight, EPS, seen)[3], rtol=5e-7, atol=0)
+    torch.testing.assert_close(rstd, ops.rmsnorm_quantize.plain(x, weight, EPS, seen)[3], rtol=5e-7, atol=0)
 
 
 def test_127_rows() -> None:
@@ -53,7 +52,7 @@ def test_y_is_rounded_as_the_models_round_it() -> None:
     """The normalized x to bfloat16, then the product: but for a last bit where the mean's sum differs."""
     x, weight = torch.randn(60, 64).bfloat16(), torch.randn(64).bfloat16()
     y, *_ = kernel.rmsnorm_quantize(x, weight, EPS, torch.bfloat16)
-    expected, *_ = plain.rmsnorm_quantize(x, weight, EPS, torch.bfloat16)
+    expected, *_ = ops.rmsnorm_quantize.plain(x, weight, EPS, torch.bfloat16)
     once = (x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS) * weight).bfloat16()
     assert (y != expected).sum() <= 3 < 300 < (y != once).sum()
 

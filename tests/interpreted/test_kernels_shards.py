@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from axolotl_bitnet import ternary
-from axolotl_bitnet.ops import plain
+from axolotl_bitnet import ops, ternary
 from axolotl_bitnet.ops.kernels import shards as kernel
 from axolotl_bitnet.ops.kernels import weights
 from support.kernel_cases import same
@@ -25,26 +24,26 @@ def shards_of(weight: torch.Tensor, count: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("rows, columns", SHAPES)
 def test_there_and_back(rows: int, columns: int, count: int, dtype: torch.dtype) -> None:
     weight = torch.randn(rows, columns).to(dtype)
-    codes, _, g = plain.ternarize(weight)
+    codes, _, g = ops.ternarize.plain(weight)
     most = -(-rows // count)
     parts = []
     for shard in shards_of(weight, count):
         parts.append(kernel.pack_shard(shard, g, most))
-        same(parts[-1], plain.pack_shard(shard, g, most))
+        same(parts[-1], ops.pack_shard.plain(shard, g, most))
     packed = torch.cat(parts)
     assert packed.shape == (count * -(-most // 4), columns)
     same(kernel.unpack_shards(packed, count, rows), codes)
-    same(plain.unpack_shards(packed, count, rows), codes)
+    same(ops.unpack_shards.plain(packed, count, rows), codes)
     for wanted in (torch.float32, torch.bfloat16, torch.float16):
-        expected = plain.dequantized_weight(weight, g, wanted)
+        expected = ops.dequantized_weight.plain(weight, g, wanted)
         same(kernel.dequantize_shards(packed, g, count, rows, wanted), expected)
-        same(plain.dequantize_shards(packed, g, count, rows, wanted), expected)
+        same(ops.dequantize_shards.plain(packed, g, count, rows, wanted), expected)
 
 
 def test_a_poisoned_weight_is_nan_wherever_it_is_used() -> None:
     weight = torch.randn(8, 4)
     weight[3, 2] = torch.nan
-    codes, _, g = plain.ternarize(weight)
+    codes, _, g = ops.ternarize.plain(weight)
     packed = kernel.pack_shard(weight, g, 8)
     same(kernel.unpack_shards(packed, 1, 8), codes)
     assert kernel.dequantize_shards(packed, g, 1, 8, torch.float32).isnan().all()
@@ -53,11 +52,11 @@ def test_a_poisoned_weight_is_nan_wherever_it_is_used() -> None:
 def test_views_are_read_as_they_are() -> None:
     whole = torch.randn(40, 66)
     for weight in (whole[:, 1:50], whole[::3], whole.t()):
-        _, _, g = plain.ternarize(weight)
+        _, _, g = ops.ternarize.plain(weight)
         rows = weight.shape[0]
-        same(kernel.pack_shard(weight, g, rows), plain.pack_shard(weight, g, rows))
-    packed = kernel.pack_shard(whole, plain.ternarize(whole)[2], 40)
-    same(kernel.unpack_shards(packed.t().contiguous().t(), 1, 40), plain.unpack_shards(packed, 1, 40))
+        same(kernel.pack_shard(weight, g, rows), ops.pack_shard.plain(weight, g, rows))
+    packed = kernel.pack_shard(whole, ops.ternarize.plain(whole)[2], 40)
+    same(kernel.unpack_shards(packed.t().contiguous().t(), 1, 40), ops.unpack_shards.plain(packed, 1, 40))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 300])

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from axolotl_bitnet import ternary
-from axolotl_bitnet.ops import plain
+from axolotl_bitnet import ops, ternary
 from axolotl_bitnet.ops.kernels import swiglu as kernel
 from support.kernel_cases import (
     activations,
@@ -50,7 +49,7 @@ def test_codes_of_plain_torch(name: str, dtype: torch.dtype) -> None:
     """They differ only where the last bits of torch's own exp explain it: next to never."""
     gate, up = operands(name, dtype)
     codes, r = kernel.swiglu_quantize(gate, up)
-    expected, scales = plain.swiglu_quantize(gate, up)
+    expected, scales = ops.swiglu_quantize.plain(gate, up)
     slack = torch.finfo(dtype).eps + 6 * torch.finfo(torch.float32).eps
     torch.testing.assert_close(r, scales, rtol=slack, atol=0)
     wrong = codes != expected
@@ -69,7 +68,7 @@ def test_far_from_zero(dtype: torch.dtype) -> None:
     up = torch.ones_like(gate)
     all_same(kernel.swiglu_quantize(gate, up), ternary.quantize_activations(product(gate, up)))
     dgate, dup, _ = kernel.swiglu_backward(up, gate, up, torch.ones(4, 1))
-    torch.testing.assert_close((dgate, dup), plain.swiglu_backward(up, gate, up, torch.ones(4, 1))[:2])
+    torch.testing.assert_close((dgate, dup), ops.swiglu_backward.plain(up, gate, up, torch.ones(4, 1))[:2])
 
 
 def test_127_rows() -> None:
@@ -111,5 +110,8 @@ def test_backward(name: str, dtype: torch.dtype) -> None:
         size = dh.double().abs() * (1 + up.double().abs()) * (1 + gate.double().abs())
         assert ((found.double() - gradient).abs() <= unit * size + 20 * 2.0**-24 * size).all()
     torch.testing.assert_close(
-        (dgate, dup), plain.swiglu_backward(dh, gate, up, r)[:2], rtol=2 * torch.finfo(dtype).eps, atol=1e-6
+        (dgate, dup),
+        ops.swiglu_backward.plain(dh, gate, up, r)[:2],
+        rtol=2 * torch.finfo(dtype).eps,
+        atol=1e-6,
     )

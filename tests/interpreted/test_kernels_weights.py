@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from axolotl_bitnet import ternary
-from axolotl_bitnet.ops import plain
+from axolotl_bitnet import ops, ternary
 from axolotl_bitnet.ops.kernels import weights as kernel
 from support.kernel_cases import all_same, by_dtype, same
 
@@ -73,7 +72,7 @@ def test_codes_and_scales(oracle, few_programs: None, name: str, dtype: torch.dt
 @by_dtype
 def test_any_cut(cut: None, dtype: torch.dtype) -> None:
     weight = torch.randn(37, 41).to(dtype)
-    all_same(kernel.ternarize(weight), plain.ternarize(weight))
+    all_same(kernel.ternarize(weight), ops.ternarize.plain(weight))
 
 
 def test_exactly_half_is_zero(few_programs: None) -> None:
@@ -98,9 +97,9 @@ def test_one_bad_weight_poisons_the_scale(few_programs: None, bad: float, dtype:
     weight[40, 3] = bad
     codes, s, g = kernel.ternarize(weight)
     assert s.isnan().all() and g.isnan() and not codes.any()
-    all_same((codes, s, g), plain.ternarize(weight))
-    same(kernel.dequantized_weight(weight, g, dtype), plain.dequantized_weight(weight, g, dtype))
-    all_same(kernel.transposed_codes(weight, g), plain.transposed_codes(weight, g))
+    all_same((codes, s, g), ops.ternarize.plain(weight))
+    same(kernel.dequantized_weight(weight, g, dtype), ops.dequantized_weight.plain(weight, g, dtype))
+    all_same(kernel.transposed_codes(weight, g), ops.transposed_codes.plain(weight, g))
 
 
 @pytest.mark.parametrize(

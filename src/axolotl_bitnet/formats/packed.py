@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..model.layer_plan import Plan
-from ..ops import pack_codes, unpack_codes
-from ..ops.plain import ROWS_PER_BYTE
+from ..ops import ROWS_PER_BYTE, pack_codes, unpack_codes
 from ..storage.atomic import CheckpointError, read_json
 from ..storage.parallel import BLOCK, parallel_map, row_ranges
 from ..storage.safetensors_stream import CheckpointReader, Entry, SafetensorsWriter

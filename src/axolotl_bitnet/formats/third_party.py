@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from ..model.layer_plan import CONFIG_KEY, ConversionError, Plan, plan_conversion
-from ..ops import unpack_codes
-from ..ops.plain import ROWS_PER_BYTE
+from ..ops import ROWS_PER_BYTE, unpack_codes
 from ..storage.atomic import CheckpointError, read_json
 from ..storage.safetensors_stream import CheckpointReader, Entry
 from ..ternary import DEFINITION

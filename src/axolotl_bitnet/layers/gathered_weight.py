@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..ops import shard_ops
+from .. import ops
 
 
 class GatheredWeight(Tensor):
@@ -30,7 +30,7 @@ class GatheredWeight(Tensor):
     ) -> GatheredWeight:
         """
         Args:
-            packed: uint8 (shards * bytes, columns), of :func:`axolotl_bitnet.ops.shard_ops.pack_shard`.
+            packed: uint8 (shards * bytes, columns), of :func:`axolotl_bitnet.ops.ops.pack_shard`.
             g, s: float32 () and bfloat16 (1,), read anew whenever the weight is.
             shards, rows, dtype: how many shards; rows and dtype of the weight that it stands for.
         """
@@ -71,12 +71,12 @@ class GatheredWeight(Tensor):
 
     def codes(self) -> Tensor:
         """int8 of the weight's shape."""
-        return shard_ops.unpack_shards(self.packed, self.shards, self.shape[0])
+        return ops.unpack_shards(self.packed, self.shards, self.shape[0])
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """``codes / s``."""
         dtype = dtype or self.dtype
-        return shard_ops.dequantize_shards(self.packed, self.g, self.shards, self.shape[0], dtype)
+        return ops.dequantize_shards(self.packed, self.g, self.shards, self.shape[0], dtype)
 
 
 _OPS = torch.ops.axolotl_bitnet

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..layers.bitlinear import BitLinear
-from ..ops.plain import ROWS_PER_BYTE
+from ..ops import ROWS_PER_BYTE
 
 CONFIG_KEY = "axolotl_bitnet"
 """Key of config.json under which a converted model lists its ternary and its dense linear layers."""

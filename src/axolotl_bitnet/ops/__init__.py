@@ -1,40 +1,49 @@
 """The operations that BitLinear is made of, each in plain torch and as a Triton kernel with the same results.
 
-An operation takes and gives plain tensors; it knows neither layers nor models.
+An operation takes and gives plain tensors; it knows neither layers nor models. Each is written once, in
+:mod:`~axolotl_bitnet.ops.activations` or :mod:`~axolotl_bitnet.ops.weights`.
 """
 
-from .operations import (
+from .activations import (
     dequantize_activations,
-    dequantized_weight,
-    has_kernels,
     matmul,
-    pack_codes,
     quantize_activations,
-    register,
     rmsnorm_backward,
     rmsnorm_quantize,
-    run,
     swiglu_backward,
     swiglu_quantize,
+)
+from .operation import has_kernels
+from .weights import (
+    ROWS_PER_BYTE,
+    abs_sum_parts,
+    dequantize_shards,
+    dequantized_weight,
+    pack_codes,
+    pack_shard,
     ternarize,
     transposed_codes,
     unpack_codes,
+    unpack_shards,
 )
 
 __all__ = [
+    "ROWS_PER_BYTE",
+    "abs_sum_parts",
     "dequantize_activations",
+    "dequantize_shards",
     "dequantized_weight",
     "has_kernels",
     "matmul",
     "pack_codes",
+    "pack_shard",
     "quantize_activations",
-    "register",
     "rmsnorm_backward",
     "rmsnorm_quantize",
-    "run",
     "swiglu_backward",
     "swiglu_quantize",
     "ternarize",
     "transposed_codes",
     "unpack_codes",
+    "unpack_shards",
 ]

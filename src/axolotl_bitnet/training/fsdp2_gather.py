@@ -22,9 +22,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from transformers import TrainerCallback
 
+from .. import ops
 from ..layers.bitlinear import BitLinear
 from ..layers.gathered_weight import GatheredWeight
-from ..ops import shard_ops
 from ..ternary import absmean, scale_of
 from .ramp import ramping
 
@@ -55,7 +55,7 @@ class _Scales:
             param.round = self.round
 
     def refresh(self) -> None:
-        parts = [shard_ops.abs_sum_parts(param.local()) for param in self.params]
+        parts = [ops.abs_sum_parts(param.local()) for param in self.params]
         sums = torch.stack(parts).sum(dim=1)
         dist.all_reduce(sums, group=self.group)
         g = absmean(sums, self.sizes)
@@ -90,7 +90,7 @@ class _TernaryParam(FSDPParam):
         backward = self.param_group._training_state == TrainingState.PRE_BACKWARD
         self.scales.ready_for(self, backward)
         g, _ = self.scales.of(self.index)
-        return [shard_ops.pack_shard(self.local(), g, self.padded_sharded_param_size[0]).view(-1)]
+        return [ops.pack_shard(self.local(), g, self.padded_sharded_param_size[0]).view(-1)]
 
     def init_unsharded_param(self) -> None:
         if hasattr(self, "_unsharded_param"):

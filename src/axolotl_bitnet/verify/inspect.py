@@ -20,8 +20,7 @@ from ..formats.third_party import multiplies
 from ..model.convert import convert_to_bitlinear
 from ..model.layer_plan import CONFIG_KEY, ConversionError, Plan
 from ..model.preflight import NEVER_TERNARY
-from ..ops import unpack_codes
-from ..ops.plain import ROWS_PER_BYTE
+from ..ops import ROWS_PER_BYTE, unpack_codes
 from ..storage.atomic import CheckpointError, read_json
 from ..storage.progress import begin
 from ..storage.safetensors_stream import CheckpointReader, Entry

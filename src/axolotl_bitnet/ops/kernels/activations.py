@@ -1,4 +1,4 @@
-"""Activations to int8, one scale a token, and back. Twins in :mod:`axolotl_bitnet.ops.plain`.
+"""Activations to int8, one scale a token, and back. Twins in :mod:`axolotl_bitnet.ops.activations`.
 
 One program a row, the whole row in registers: x is read once and the codes are written once, 3 bytes an
 element of bfloat16. That is all the traffic there must be, so the kernel runs at the speed of a copy. The row

@@ -1,4 +1,4 @@
-"""Codes to 2 bits and back. Twins: ``pack_codes`` and ``unpack_codes`` of :mod:`axolotl_bitnet.ops.plain`.
+"""Codes to 2 bits and back. Twins: ``pack_codes`` and ``unpack_codes`` of :mod:`axolotl_bitnet.ops.weights`.
 
 A byte holds four rows of a column (the layout is the twin's), so both directions read and write whole,
 adjacent bytes.

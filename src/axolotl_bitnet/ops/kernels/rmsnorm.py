@@ -1,4 +1,5 @@
-"""RMSNorm that also quantizes what it returns, forward and backward. Twin: :mod:`axolotl_bitnet.ops.plain`.
+"""RMSNorm that also quantizes what it returns, forward and backward. Twin in
+:mod:`axolotl_bitnet.ops.activations`.
 
 The linear layers behind a norm want the codes of its output: made here, while the row is in registers, they
 save reading it again. y is rounded as the models' own code rounds it (the normalized x to its dtype, then

@@ -1,5 +1,5 @@
 """Shards of weights to 2 bits, and gathered shards back. Twins: ``pack_shard``, ``unpack_shards`` and
-``dequantize_shards`` of :mod:`axolotl_bitnet.ops.plain`, which say the layout.
+``dequantize_shards`` of :mod:`axolotl_bitnet.ops.weights`, which say the layout.
 
 A program handles one row of bytes, which is four rows of codes: both are read and written along their rows.
 """

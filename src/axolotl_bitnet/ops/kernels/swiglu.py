@@ -1,5 +1,5 @@
 """SwiGLU and the quantization of its product in one pass, forward and backward. Twins in
-:mod:`axolotl_bitnet.ops.plain`.
+:mod:`axolotl_bitnet.ops.activations`.
 
 ``h = silu(gate) * up`` is what the down projection reads, and it reads only the codes: written here and never
 h itself. Elements are rounded as the model's own code rounds them (silu to the model's dtype, then the

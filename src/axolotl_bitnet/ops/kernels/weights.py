@@ -1,4 +1,4 @@
-"""Weights to ternary codes. Twins in :mod:`axolotl_bitnet.ops.plain`.
+"""Weights to ternary codes. Twins in :mod:`axolotl_bitnet.ops.weights`.
 
 Two launches and no host sync: the first leaves one float64 sum of |W| a program, and in the second every
 program adds those up and knows the scale. It walks the matrix from its end, which the first has just read:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...ops.plain import pack_codes, unpack_codes
+from ...ops import pack_codes, unpack_codes
 from .figures import Observation
 
 _FILE = "bitnet_monitor_{rank}.safetensors"

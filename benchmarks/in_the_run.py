@@ -1,0 +1,340 @@
+"""The step of the run that people start: the shipped SFT recipe in Axolotl, dense and ternary, on real rows.
+
+Takes examples/falcon-e/sft.yaml as it is, but for a base with random weights of Falcon-E's shape and random
+tokens: rows packed of conversations of about 1k tokens that the mask keeps apart, or whole documents. All
+kinds run one after the other in one process a GPU, so they share the machine and the data. A row of the CSV
+is written when its kind is done; a kind that fails leaves its error there. After the timed steps one step is
+profiled (GPU-busy, NCCL, launches, CPU time by function).
+
+    torchrun --nproc-per-node 2 benchmarks/in_the_run.py --shape 1B --sequence 8192
+    torchrun --nproc-per-node 2 benchmarks/in_the_run.py --shape 3B --sequence 32768 --rows conversations
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from common import RESULTS, append_csv
+from scaling import ROOT, SHAPES, VOCABULARY, save_base
+
+LIGER: dict[str, Any] = {
+    "plugins": ["axolotl.integrations.liger.LigerPlugin"],
+    "liger_rope": True,
+    "liger_rms_norm": True,
+    "liger_glu_activation": True,
+    "liger_fused_linear_cross_entropy": True,
+}
+COMPILED = {"torch_compile": True}
+DENSE = {"use_onebitllms": False, "bitnet": None, "learning_rate": 5e-4}
+QAT = {"qat": {"weight_dtype": "ternary", "activation_dtype": "int8"}}
+KINDS: dict[str, dict[str, Any]] = {  # what each adds to the recipe
+    "dense": DENSE,
+    "dense liger": DENSE | LIGER,
+    "dense compiled": DENSE | COMPILED,
+    "dense fp8": DENSE | COMPILED | {"fp8": True},
+    "axolotl qat": DENSE | QAT,
+    "native": {"bitnet": {"gather": "native"}},
+    "ternary": {},
+    "ternary liger": LIGER,
+    "ternary compiled": COMPILED,
+    "ternary 8-bit": {"bitnet": {"int8_grad": True}},
+}
+COLUMNS = (
+    "shape", "gpus", "sequence", "rows", "kind", "ms_step", "tokens_per_second", "peak_gib", "loss",
+    "busy_ms", "nccl_ms", "idle_percent", "launches", "profiled_ms", "gpu", "versions", "date", "error",
+)  # fmt: skip
+MOST = 30  # functions that a profile lists
+
+
+class Done(Exception):
+    """The last step is over; nothing is to be saved."""
+
+
+def write_rows(folder: Path, rows: str, sequence: int, tokens: int) -> Path:
+    """Random tokens as a data set: documents of a whole row each, or conversations of 512 to 1536 tokens."""
+    from datasets import Dataset
+
+    path = folder / f"{rows}-{sequence}.parquet"
+    if path.exists():
+        return path
+    generator = torch.Generator().manual_seed(1)
+    lengths: list[int] = []
+    while sum(lengths) < tokens:
+        of_one = (
+            torch.randint(512, 1537, (), generator=generator).item() if rows == "conversations" else sequence
+        )
+        lengths.append(min(int(of_one), sequence))
+    ids = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+    ones = [[1] * len(one) for one in ids]
+    Dataset.from_dict({"input_ids": ids, "attention_mask": ones, "labels": ids}).to_parquet(path)
+    return path
+
+
+def recipe(args: argparse.Namespace, folder: Path, kind: str) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load((ROOT / "examples" / "falcon-e" / "sft.yaml").read_text())
+    for key in ("special_tokens", "eot_tokens", "chat_template", "loss_watchdog_threshold"):
+        settings.pop(key)
+    data = {"path": str(folder / f"{args.rows}-{args.sequence}.parquet"), "ds_type": "parquet", "type": None}
+    settings |= {"base_model": str(folder), "datasets": [data], "sequence_len": args.sequence}
+    settings |= {"dataset_prepared_path": str(folder / f"prepared-{args.rows}-{args.sequence}")}
+    settings |= {"dataset_num_proc": 4, "output_dir": str(folder / "out"), "warmup_steps": 2}
+    settings |= {"max_steps": 1000, "num_epochs": 1000, "save_strategy": "no", "save_steps": None}
+    added = dict(KINDS[kind])
+    if added.get("bitnet", {}) is not None:
+        added["bitnet"] = settings["bitnet"] | {"export": [], "verify": False} | added.get("bitnet", {})
+    added["plugins"] = settings["plugins"] + added.get("plugins", [])
+    settings |= added
+    if args.set:
+        settings |= yaml.safe_load(args.set)
+    if not torch.cuda.is_available():  # to try the script: DDP, float32
+        settings |= {"fsdp_version": None, "fsdp_config": None, "bf16": False, "tf32": False}
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+class Watch:
+    """A Trainer callback that times steps, profiles one more, and ends the run."""
+
+    def __init__(self, args: argparse.Namespace, seconds: float) -> None:
+        self.args, self.deadline = args, time.perf_counter() + seconds
+        self.times: list[float] = []
+        self.loss = 0.0
+        self.profile: Any = None
+        self.profiled = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        if self.profile is None and len(self.times) > self.args.warmup + self.args.steps:
+            wanted = [torch.profiler.ProfilerActivity.CPU]
+            wanted += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self.profile = torch.profiler.profile(activities=wanted)
+            self.profile.start()
+            self.began = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.times.append(now)
+        if self.profile is not None:
+            self.profiled = now - self.began
+            self.profile.stop()
+            raise Done
+        late = len(self.times) > self.args.warmup + 2 and now > self.deadline
+        enough = len(self.times) > self.args.warmup + self.args.steps
+        if dist.is_initialized():  # all leave at the same step
+            flag = torch.tensor(float(late), device="cuda" if torch.cuda.is_available() else "cpu")
+            dist.all_reduce(flag)
+            late = bool(flag.item())
+        if late or (enough and not self.args.profile):
+            raise Done
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.loss = float(logs.get("loss", self.loss))
+
+    def milliseconds(self) -> float:
+        """Median of the steps after the warmup, but for the profiled one."""
+        times = self.times[self.args.warmup :]
+        times = times[: -1 if self.profile is not None else None]
+        return 1000 * statistics.median([b - a for a, b in zip(times, times[1:], strict=False)])
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Environment, patched classes and accelerate's state are afterwards as they were."""
+    from accelerate.state import AcceleratorState, GradientState
+    from axolotl.integrations.base import PluginManager
+    from transformers.models.llama import modeling_llama
+
+    environment, own = dict(os.environ), dict(vars(modeling_llama))
+    classes = {value: dict(vars(value)) for value in own.values() if isinstance(value, type)}
+    classes = {one: kept for one, kept in classes.items() if one.__module__ == modeling_llama.__name__}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        vars(modeling_llama).update(own)
+        for one, kept in classes.items():
+            for name in ("forward", "__init__"):
+                if name in kept:
+                    setattr(one, name, kept[name])
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        manager = PluginManager.get_instance()
+        manager.plugins.clear()
+        torch._dynamo.reset()
+        gc.unfreeze()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def run(args: argparse.Namespace, folder: Path, kind: str) -> Watch:
+    import runs
+    from axolotl.train import train
+    from transformers import Trainer, TrainerCallback
+
+    watch = Watch(args, args.seconds)
+    build = Trainer.__init__
+
+    def with_watch(self: Any, *given: Any, **more: Any) -> None:
+        build(self, *given, **more)
+        names = ("on_step_begin", "on_step_end", "on_log")
+        clock = type("Clock", (TrainerCallback,), {name: _forward(watch, name) for name in names})
+        self.add_callback(clock())
+
+    Trainer.__init__ = with_watch
+    try:
+        with restored():
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            cfg, data = runs.prepare(recipe(args, folder, kind))
+            try:
+                train(cfg=cfg, dataset_meta=data)
+            except Done as done:
+                traceback.clear_frames(done.__traceback__)
+            watch.peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0  # type: ignore[attr-defined]
+    finally:
+        Trainer.__init__ = build
+    return watch
+
+
+def _forward(watch: Watch, name: str) -> Any:
+    return lambda self, *given, **more: getattr(watch, name)(*given, **more)
+
+
+def summary(watch: Watch) -> tuple[dict[str, Any], dict[str, Any]]:
+    """From the profiled step: figures for the row, and the longest functions of GPU and CPU."""
+    kernels: list[tuple[int, int]] = []
+    on_gpu: dict[str, list[float]] = {}
+    on_cpu: dict[str, list[float]] = {}
+    nccl = launches = 0
+    for event in watch.profile.profiler.kineto_results.events():
+        name, took = event.name(), event.duration_ns()
+        if event.device_type() == torch.autograd.DeviceType.CUDA:
+            if name.startswith(("ProfilerStep", "Optimizer", "FSDP::", "autograd", "aten::", "nccl:")):
+                continue  # a range on the GPU's timeline, not a kernel
+            add(on_gpu, name, took)
+            if "nccl" in name:
+                nccl += took
+            else:
+                kernels.append((event.start_ns(), event.start_ns() + took))
+        else:
+            launches += "LaunchKernel" in name
+            add(on_cpu, name, took)
+    busy = union(kernels)
+    figures = {
+        "busy_ms": round(busy / 1e6, 1),
+        "nccl_ms": round(nccl / 1e6, 1),
+        "launches": launches,
+        "profiled_ms": round(1000 * watch.profiled, 1),
+        "idle_percent": round(100 * (1 - busy / 1e6 / watch.milliseconds())) if busy else "",
+    }
+    return figures, {"gpu": longest(on_gpu), "cpu": longest(on_cpu)}
+
+
+def add(to: dict[str, list[float]], name: str, nanoseconds: float) -> None:
+    entry = to.setdefault(name[:120], [0.0, 0.0])
+    entry[0] += nanoseconds / 1e6
+    entry[1] += 1
+
+
+def longest(found: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Milliseconds (children included) and calls of the functions that take longest."""
+    ordered = sorted(found.items(), key=lambda item: -item[1][0])[:MOST]
+    return {name: [round(ms, 2), int(calls)] for name, (ms, calls) in ordered}
+
+
+def union(spans: list[tuple[int, int]]) -> int:
+    """Nanoseconds that at least one of the spans covers."""
+    covered, end = 0, 0
+    for start, stop in sorted(spans):
+        covered += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return covered
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--shape", choices=SHAPES, default="1B")
+    parser.add_argument("--sequence", type=int, default=8192, help="tokens a micro-batch")
+    parser.add_argument("--rows", choices=("documents", "conversations"), default="documents")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=60, help="a kind's time for steps, at most")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no kind begins")
+    parser.add_argument("--no-profile", dest="profile", action="store_false")
+    parser.add_argument("--trace", action="store_true", help="keep the profiled steps' traces")
+    parser.add_argument("--set", help="keys to put into the recipe, as YAML")
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "in_the_run")
+    parser.add_argument("--out", type=Path, default=RESULTS / "in_the_run.csv")
+    args = parser.parse_args()
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    started = time.perf_counter()
+    rank, gpus = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    folder = args.folder.resolve() / args.shape
+    folder.mkdir(parents=True, exist_ok=True)
+    ready = folder / f"{args.rows}-{args.sequence}.ready"
+    if rank == 0:
+        ready.unlink(missing_ok=True)
+        save_base(folder, args.shape)
+        write_rows(folder, args.rows, args.sequence, 16 * args.sequence * gpus)
+        ready.touch()
+    while not ready.exists():
+        time.sleep(0.1)
+
+    import transformers
+
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    for kind in args.kinds:
+        late = torch.tensor(float(time.perf_counter() - started > args.budget))
+        if dist.is_initialized():
+            late = late.to("cuda" if torch.cuda.is_available() else "cpu")
+            dist.all_reduce(late)
+        if late.item():
+            break
+        row: dict[str, Any] = dict(shape=args.shape, gpus=gpus, sequence=args.sequence, rows=args.rows)
+        row |= dict(kind=kind, versions=versions, date=datetime.date.today().isoformat())
+        row["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        functions: dict[str, Any] = {}
+        try:
+            watch = run(args, folder, kind)
+            seconds = watch.milliseconds() / 1000
+            row |= {"ms_step": round(1000 * seconds, 1), "loss": round(watch.loss, 3)}
+            row |= {"tokens_per_second": round(4 * gpus * args.sequence / seconds)}
+            row |= {"peak_gib": round(watch.peak, 1)}  # type: ignore[attr-defined]
+            if watch.profile is not None and rank == 0:
+                figures, functions = summary(watch)
+                row |= figures
+                if args.trace:
+                    watch.profile.export_chrome_trace(
+                        str(args.out.parent / f"{kind.replace(' ', '-')}.json.gz")
+                    )
+        except Exception as error:  # a kind that cannot is a result too; all ranks meet the same
+            traceback.print_exc()
+            row["error"] = f"{type(error).__name__}: {error}"[:200]
+        if rank == 0:
+            print(json.dumps(row), flush=True)
+            append_csv(args.out, COLUMNS, [row])
+            with args.out.with_suffix(".jsonl").open("a") as file:
+                file.write(json.dumps({"kind": kind, "shape": args.shape, **functions}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

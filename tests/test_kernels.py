@@ -30,7 +30,7 @@ def test_results_in_the_interpreter() -> None:
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", last.partition(" in ")[0])}
     assert counts.pop("passed") > 850 and not counts.keys() - {"warning", "warnings"}, last
     files = {path.stem for path in (ROOT / "tests" / "interpreted").glob("test_*.py")}
-    kernels = {path.stem for path in (ROOT / "src/axolotl_bitnet/kernels").glob("*.py")}
+    kernels = {path.stem for path in (ROOT / "src/axolotl_bitnet/ops/kernels").glob("*.py")}
     assert {f"test_kernels_{name}" for name in kernels - {"__init__", "arithmetic", "launch"}} == files
 
 

@@ -90,29 +90,11 @@ def oracle() -> type[Oracle]:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., nn.Module]:
-    """``tiny_model("Llama", **config)``: a random model of transformers, hidden 64, 2 layers, float32."""
-    transformers = pytest.importorskip("transformers")
+    """``support.models.tiny_model``, which needs transformers."""
+    pytest.importorskip("transformers")
+    from support.models import tiny_model
 
-    def build(family: str, head: str = "CausalLM", **overrides: Any) -> nn.Module:
-        settings: dict[str, Any] = dict(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            vocab_size=128,
-            max_position_embeddings=64,
-            tie_word_embeddings=False,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-        settings.update(overrides)
-        config = getattr(transformers, f"{family}Config")(**settings)
-        return getattr(transformers, f"{family}For{head}")(config)
-
-    return build
+    return tiny_model
 
 
 @pytest.fixture

@@ -22,23 +22,12 @@ from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.layer_plan import ConversionError
 from axolotl_bitnet.verify.verify import verify_checkpoint
 from support import TINY
+from support.models import tiny_config
 from support.runs import Run, config, train
 
 pytestmark = pytest.mark.slow
 
 IDS = torch.arange(3, 51).reshape(2, 24)
-TEXT: dict[str, Any] = dict(
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=128,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +37,8 @@ def tokenizer() -> Any:
 
 def _text(tokenizer: Any, family: str, **overrides: Any) -> Any:
     vocabulary = -(-len(tokenizer) // 32) * 32
-    return getattr(transformers, f"{family}Config")(**(TEXT | {"vocab_size": vocabulary} | overrides))
+    defaults = {"vocab_size": vocabulary, "max_position_embeddings": 128}
+    return tiny_config(family, **(defaults | overrides))
 
 
 def _save(model: nn.Module, tokenizer: Any, folder: Path) -> Path:

@@ -21,6 +21,7 @@ from axolotl_bitnet.plugin.exports import refuse_exports
 from axolotl_bitnet.storage.atomic import read_json
 from axolotl_bitnet.verify.verify import verify_checkpoint
 from support import TINY
+from support.models import WIDE
 from support.runs import config, train
 from support.zoo import HAS_GGUF, MADE
 
@@ -81,7 +82,7 @@ def test_mlx_has_no_such_architecture() -> None:
 def test_a_run_makes_them_all(tmp_path: Path, tiny_model: Callable[..., torch.nn.Module]) -> None:
     base = tmp_path / "base"
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    sizes = dict(hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=1)
+    sizes = WIDE | {"num_hidden_layers": 1}
     model = tiny_model("Llama", vocab_size=-(-len(tokenizer) // 32) * 32, **sizes)
     model.save_pretrained(base)  # type: ignore[operator]
     tokenizer.save_pretrained(base)

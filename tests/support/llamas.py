@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from axolotl_bitnet import convert_to_bitlinear
 from support import TINY
+from support.models import WIDE, tiny_model
 
 YARN = {
     "rope_type": "yarn",
@@ -49,23 +49,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build(family: str = "Llama", **overrides: Any) -> nn.Module:
     """A random ternary model: hidden 256, two layers. Attention is far from even, so that RoPE matters."""
-    settings: dict[str, Any] = dict(
-        hidden_size=256,
+    settings: dict[str, Any] = WIDE | dict(
         intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
         vocab_size=512,
         max_position_embeddings=512,
         initializer_range=0.06,
-        tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
     )
-    config = getattr(transformers, f"{family}Config")(**(settings | overrides))
-    model: nn.Module = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = tiny_model(family, **(settings | overrides)).eval()
     convert_to_bitlinear(model)
     with torch.no_grad():  # norms of 1 and biases of 0 would hide much
         for parameter in model.parameters():

@@ -25,6 +25,7 @@ from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.plugin.artifacts import finish_run
 from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from support import TINY
+from support.models import WIDE
 
 HAS_GGUF = importlib.util.find_spec("gguf") is not None
 MADE = [name for name in FORMATS if HAS_GGUF or not name.startswith("gguf")]
@@ -47,7 +48,7 @@ def make_run(tiny_model: Callable[..., nn.Module], folder: Path, **options: Any)
     """A run of a Llama whose rows are multiples of 256, with biases, a tokenizer and all artifacts."""
     torch.manual_seed(11)
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
-    sizes = dict(hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=1)
+    sizes = WIDE | {"num_hidden_layers": 1}
     model = tiny_model("Llama", vocab_size=len(tokenizer), bos_token_id=None, **(sizes | options))
     convert_to_bitlinear(model)
     model.save_pretrained(folder)  # type: ignore[operator]

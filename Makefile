@@ -12,21 +12,31 @@ export AXOLOTL_DO_NOT_TRACK = 1
 export DO_NOT_TRACK = 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
+# What Triton and torch.compile made once, both lanes and every checkout use again.
+CACHE = $(or $(AXOLOTL_BITNET_CACHE),$(HOME)/.cache/axolotl-bitnet)
+export TRITON_CACHE_DIR ?= $(CACHE)/triton
+export TORCHINDUCTOR_CACHE_DIR ?= $(CACHE)/inductor
 export PYTHONPATH = $(CURDIR)/src
+
+# Two workers, each with whole files, so that what a file's tests share (a trained run) is made once.
+pytest = python -m pytest -n 2 --dist loadfile --durations=40
 
 # $(call in,LANE) begins a recipe line that runs inside the lane's environment
 in = environment=$$(scripts/environment.sh $(1)) && PATH="$$environment/bin:$$PATH" && export PATH && set -x &&
 
-.PHONY: help test test-latest lint demo bench example build clean distclean
+.PHONY: help test test-latest nightly lint demo bench example build clean distclean
 
 help: ## list the targets (the default)
 	@sed -n 's/^\([a-z-]*\):[a-z ]*## */\1	/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 test: ## run the tests on Python 3.11 with the oldest supported Axolotl
-	@$(call in,oldest) python -m pytest -m '' $(ARGS)
+	@$(call in,oldest) $(pytest) -m 'not nightly' $(ARGS)
 
 test-latest: ## run the tests on Python 3.12 with the newest supported Axolotl
-	@$(call in,latest) python -m pytest -m '' $(ARGS)
+	@$(call in,latest) $(pytest) -m 'not nightly' $(ARGS)
+
+nightly: ## run the tests that the clock decides: kills at random moments of every format's writing
+	@$(call in,any) python -m pytest -m nightly $(ARGS)
 
 lint: ## ruff (rules and format) on everything, mypy on the package
 	@$(call in,oldest) ruff check . && ruff format --check . && mypy
@@ -48,4 +58,4 @@ clean: ## remove what builds and checks leave in the checkout
 	find src tests examples benchmarks experiments -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also remove the cached environments, of every checkout
-	rm -rf "$${AXOLOTL_BITNET_CACHE:-$$HOME/.cache/axolotl-bitnet}"
+	rm -rf "$(CACHE)"

@@ -119,9 +119,9 @@ python=$(find_python "$(version_of "$lane")")
 environment=$(folder "$python" "$lane")
 mkdir -p "$cache"
 (
-    # one maker at a time, where there is flock; the lock goes when the process does
+    # one maker of each at a time, where there is flock; the lock goes when the process does
     ! command -v flock >/dev/null || flock 9
     is_ready "$environment" || make_environment "$python" "$lane" "$environment"
     point_here "$environment"
-) 9>"$cache/.lock" >&2
+) 9>"$cache/.$lane.lock" >&2
 echo "$environment"

@@ -1,7 +1,7 @@
 """Kill -9 at random moments of the writing of every format: what has the name is whole, and the latents live.
 
 :mod:`test_kills` kills at every change of the disk; this kills wherever the clock says, in the middle of a
-write too.
+write too: `make nightly`.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def killed_after(action: Callable[[], object], seconds: float) -> bool:
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.nightly
 @every_format
 @pytest.mark.parametrize("older", [False, True], ids=["no older", "over an older"])
 def test_killed_at_random_moments(

@@ -184,6 +184,7 @@ def results(layer: Callable[[Tensor], Tensor], owner: nn.Module, x: Tensor) -> l
     return [y.detach(), leaf.grad, *(parameter.grad for parameter in owner.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_layer_is_the_eager_one(dtype: torch.dtype) -> None:
     layer = layer_for(torch.empty(24), 12, bias=True, dtype=dtype)
@@ -196,6 +197,7 @@ def test_compiled_layer_is_the_eager_one(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found_bias, eager_bias)  # inductor adds the rows in another order
 
 
+@pytest.mark.slow
 def test_compiled_siblings_take_any_length() -> None:
     """Attention under autocast, without inductor: no graph break, and one compilation for any length."""
     attention = Attention(bias=True)

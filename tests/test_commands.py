@@ -29,9 +29,7 @@ from axolotl_bitnet.plugin.refusals.commands import command_refusals
 from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.verify.verify import verify_checkpoint
 from support import TINY
-from support.runs import Run, config, preference, train
-
-pytestmark = pytest.mark.slow
+from support.runs import Run, config, data_saved_in_this_process, preference, train
 
 Trained = tuple[Path, dict[str, Any], Run]
 
@@ -60,7 +58,8 @@ def _axolotl(
     path = folder / "config.yml"
     path.write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(sys, "argv", ["axolotl"])  # which Axolotl reads beside what click passes on
-    return CliRunner().invoke(cli, [command, str(path), *rest], **keys)
+    with data_saved_in_this_process():
+        return CliRunner().invoke(cli, [command, str(path), *rest], **keys)
 
 
 def _on(trained: Trained, tmp_path: Path, **overrides: Any) -> dict[str, Any]:
@@ -69,6 +68,7 @@ def _on(trained: Trained, tmp_path: Path, **overrides: Any) -> dict[str, Any]:
     return settings | {"base_model": str(folder / "out"), "output_dir": str(tmp_path / "out")} | overrides
 
 
+@pytest.mark.slow
 def test_evaluate_scores_the_ternary_model(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +89,7 @@ def test_evaluate_scores_the_ternary_model(
         run.trainer.model = run.model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dpo", "ipo"])
 def test_evaluate_refuses_a_dense_reference(
     method: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -98,6 +99,7 @@ def test_evaluate_refuses_a_dense_reference(
     assert result.exit_code != 0 and "a config without `rl`" in str(result.exception)
 
 
+@pytest.mark.slow
 def test_inference_generates_what_the_packed_model_does(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +156,7 @@ def test_inference_generates_what_the_packed_model_does(
         assert (tokenizer.decode(sequence) in result.output) is same
 
 
+@pytest.mark.slow
 def test_preprocess_does_not_depend_on_the_flag(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +172,7 @@ def test_preprocess_does_not_depend_on_the_flag(
     assert set(prepared[0]) <= used  # what training looks for
 
 
+@pytest.mark.slow
 def test_merged_shards_pack_to_the_same_folder(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +211,7 @@ def test_merged_shards_pack_to_the_same_folder(
         pack_checkpoint(out / "elsewhere", tmp_path / "packed")
 
 
+@pytest.mark.slow
 def test_lm_eval_is_pointed_at_the_packed_model(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +234,7 @@ def test_lm_eval_is_pointed_at_the_packed_model(
     assert options["--model_args"] == f"pretrained={folder / 'out' / 'packed'},dtype=bfloat16"
 
 
+@pytest.mark.slow
 def test_lm_evals_backend_scores_the_packed_model_right(trained: Trained) -> None:
     harness = pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.api.instance import Instance
@@ -262,6 +268,7 @@ def test_lm_evals_backend_scores_the_packed_model_right(trained: Trained) -> Non
 EXPORT = pytest.mark.skipif(Version(version("axolotl")) < Version("0.21"), reason="new in Axolotl 0.21")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command, extra, reason",
     [

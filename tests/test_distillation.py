@@ -49,6 +49,7 @@ def taught(teacher: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_script_writes_the_teachers_own_distribution(teacher: Path, taught: Path) -> None:
     from datasets import load_dataset
 

@@ -62,7 +62,13 @@ def test_there_are_commands_to_run() -> None:
     assert len(COMMANDS) >= 10
 
 
-@pytest.mark.parametrize(("document", "command"), COMMANDS)
+@pytest.mark.parametrize(
+    ("document", "command"),
+    [
+        pytest.param(*found, marks=pytest.mark.slow if found[1].startswith("python") else ())
+        for found in COMMANDS
+    ],
+)
 def test_command(document: str, command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     words = shlex.split(command)

@@ -73,6 +73,7 @@ def name_of(case: tuple[str, torch.dtype, bool]) -> str:
 by_case = pytest.mark.parametrize("index", range(len(CASES)), ids=[name_of(case) for case in CASES])
 
 
+@pytest.mark.slow
 @by_case
 def test_gradients_and_steps_are_the_unsharded_ones(ranks: list[list[dict[str, Any]]], index: int) -> None:
     expected = reference(*CASES[index])
@@ -86,6 +87,7 @@ def test_gradients_and_steps_are_the_unsharded_ones(ranks: list[list[dict[str, A
             assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @by_case
 def test_fingerprint_is_the_unsharded_one(ranks: list[list[dict[str, Any]]], index: int) -> None:
     expected = reference(*CASES[index])
@@ -96,6 +98,7 @@ def test_fingerprint_is_the_unsharded_one(ranks: list[list[dict[str, Any]]], ind
     assert len(expected["tensors"]) == 10
 
 
+@pytest.mark.slow
 def test_the_ranks_held_different_rows(ranks: list[list[dict[str, Any]]]) -> None:
     rows = [ranks[rank][0]["local rows"] for rank in range(WORLD)]
     assert 37 in [sum(pair) for pair in zip(*rows, strict=True)] and rows[0] != rows[1]

@@ -237,6 +237,7 @@ def test_activation_checkpointing(pair, reentrant: bool, autocast: bool) -> None
 # torch.compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_mlp_is_the_eager_one(pair, backend: str, autocast: bool) -> None:
@@ -262,6 +263,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_block_is_the_eager_one(pair, backend: str) -> None:
     block = Block(pair()[1].model.layers[0])
@@ -275,6 +277,7 @@ def test_compiled_block_is_the_eager_one(pair, backend: str) -> None:
         close(run_module(compiled, x, dy), run_module(block, x, dy), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_whole_model_compiles_without_a_break(pair) -> None:
     plain, fused = pair()
     batch = torch.randint(3, 128, (2, 7))

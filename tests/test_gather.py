@@ -23,8 +23,6 @@ from axolotl_bitnet.ops import dequantized_weight, ternarize, transposed_codes
 from axolotl_bitnet.training.fsdp2_gather import GatherTernary, gather_ternary
 from support.sharded import batch, build
 
-pytestmark = pytest.mark.slow
-
 TERNARY = 10  # layers of build()
 
 
@@ -240,6 +238,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_is_the_native_one_to_the_bit(runs: Path, name: str) -> None:
     for rank in (0, 1):

@@ -130,6 +130,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(model, latents, root / "packed", prompts, answers, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", TYPES)
 def test_greedy_tokens_are_the_trained_model_s(trained: Trained, tmp_path: Path, type: str) -> None:
     runner = LlamaCpp(export_gguf(trained.latents, tmp_path / "model.gguf", type))
@@ -143,6 +144,7 @@ def test_greedy_tokens_are_the_trained_model_s(trained: Trained, tmp_path: Path,
     assert right >= 22  # it has learned: these are not the tokens of noise
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_packed_model(trained: Trained, tmp_path: Path) -> None:
     """As transformers computes it with its own BitLinear."""
     ids = torch.tensor([trained.text])
@@ -158,6 +160,7 @@ def test_perplexity_is_that_of_the_packed_model(trained: Trained, tmp_path: Path
     assert abs(found / expected - 1) < 0.01
 
 
+@pytest.mark.slow
 def test_chat_template_and_stop_are_the_tokenizer_s(trained: Trained, tmp_path: Path) -> None:
     runner = LlamaCpp(export_gguf(trained.latents, tmp_path / "model.gguf"))
     messages = [{"role": "user", "content": "What is 17 + 25?"}]

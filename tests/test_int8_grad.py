@@ -123,6 +123,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_layer_is_the_eager_one() -> None:
     x, weight = torch.randn(2, 5, 24, requires_grad=True), torch.randn(12, 24, requires_grad=True)
     compiled = torch.compile(bitlinear, fullgraph=True)

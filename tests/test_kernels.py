@@ -23,9 +23,10 @@ KIB = 1024
 # Results
 
 
+@pytest.mark.timeout(1800)
 def test_results_in_the_interpreter() -> None:
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
-    ran = python(*command, ROOT / "tests" / "interpreted", timeout=600, TRITON_INTERPRET="1")
+    ran = python(*command, ROOT / "tests" / "interpreted", timeout=1800, TRITON_INTERPRET="1")
     last = ran.stdout.strip().splitlines()[-1]
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", last.partition(" in ")[0])}
     assert counts.pop("passed") > 850 and not counts.keys() - {"warning", "warnings"}, last

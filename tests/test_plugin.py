@@ -30,8 +30,6 @@ from support import TINY
 from support.processes import python
 from support.runs import config, preference, train
 
-pytestmark = pytest.mark.slow
-
 MakeModel = Callable[..., torch.nn.Module]
 
 
@@ -100,6 +98,7 @@ def test_a_run_learns_packs_and_verifies(base: Path, tmp_path: Path, monkeypatch
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     Version(version("axolotl")) < Version("0.21"),
     reason="Axolotl finds plugins by their entry points since 0.21",
@@ -113,6 +112,7 @@ def test_the_flag_alone_is_enough(base: Path, tmp_path: Path) -> None:
     assert verify_checkpoint(tmp_path / "out" / "packed", tmp_path / "out").ok
 
 
+@pytest.mark.slow
 def test_latents_are_float32_unless_asked_otherwise(base: Path, tmp_path: Path) -> None:
     model = train(config(tmp_path, base, max_steps=1)).model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -120,6 +120,7 @@ def test_latents_are_float32_unless_asked_otherwise(base: Path, tmp_path: Path) 
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_dense_runs_are_untouched_by_the_installed_plugin(base: Path, tmp_path: Path) -> None:
     results = []
     for hidden in (True, False):
@@ -139,6 +140,7 @@ def test_dense_runs_are_untouched_by_the_installed_plugin(base: Path, tmp_path: 
     assert installed["weights"] == without["weights"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [config, preference])
 def test_scope_ternary_multiplies_the_rate_of_bitlinear_weights_only(
     make: Callable[..., dict[str, Any]], base: Path, tmp_path: Path
@@ -157,6 +159,7 @@ def test_scope_ternary_multiplies_the_rate_of_bitlinear_weights_only(
     assert not (tmp_path / "out" / "packed").exists()
 
 
+@pytest.mark.slow
 def test_a_previous_runs_files_are_replaced_never_packed(base: Path, tmp_path: Path) -> None:
     train(config(tmp_path, base, max_steps=1))
     out = tmp_path / "out"
@@ -171,6 +174,7 @@ def test_a_previous_runs_files_are_replaced_never_packed(base: Path, tmp_path: P
     assert not (out / "_previous").exists() and not (out / INDEX).exists()
 
 
+@pytest.mark.slow
 def test_a_packed_model_that_is_not_the_trained_one_fails_loudly_and_keeps_the_latents(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +237,7 @@ def test_torch_compile_trains_as_eager_does(base: Path, tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 
+@pytest.mark.slow
 def test_the_whole_step_reads_each_weight_once(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +269,7 @@ def test_the_whole_step_reads_each_weight_once(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_layers_are_fused_unless_told_otherwise(base: Path, tmp_path: Path) -> None:
     losses = []
     for fuse in (True, False):
@@ -277,6 +283,7 @@ def test_layers_are_fused_unless_told_otherwise(base: Path, tmp_path: Path) -> N
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_eight_bit_gradients_reach_the_layers_and_train(base: Path, tmp_path: Path) -> None:
     run = train(config(tmp_path, base, max_steps=8, bitnet={"int8_grad": True}))
     assert all(module.int8_grad for module in run.model.modules() if isinstance(module, BitLinear))

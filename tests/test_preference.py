@@ -21,8 +21,6 @@ from axolotl_bitnet.plugin.refusals.preference import preference_refusals
 from support.methods import ROWS, STEPS, flipped, grpo_block, save_base, settings_of
 from support.runs import prepare, train
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., torch.nn.Module]) -> Path:
@@ -44,6 +42,7 @@ ZERO_AT_FIRST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dpo", "ipo", "orpo", "simpo", "kto", "grpo"])
 def test_a_method_starts_where_it_should_moves_and_ships_what_it_trained(
     method: str, base: Path, tmp_path: Path
@@ -66,6 +65,7 @@ def test_a_method_starts_where_it_should_moves_and_ships_what_it_trained(
     assert record["artifacts"]["packed"]["verified"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "precompute"), [("kto", None), ("dpo", True)])
 def test_loaded_in_bfloat16_a_method_starts_at_zero_all_the_same(
     method: str, precompute: bool | None, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,6 +82,7 @@ def test_loaded_in_bfloat16_a_method_starts_at_zero_all_the_same(
     assert [run.logged(key)[0] for key in ZERO_AT_FIRST[method]] == [0] * len(ZERO_AT_FIRST[method])
 
 
+@pytest.mark.slow
 def test_a_synchronized_reference_is_the_policy_again(base: Path, tmp_path: Path) -> None:
     block = grpo_block(sync_ref_model=True, ref_model_mixup_alpha=1.0, ref_model_sync_steps=STEPS // 2)
     run = train(settings_of("gdpo", tmp_path, base, trl=block))
@@ -91,6 +92,7 @@ def test_a_synchronized_reference_is_the_policy_again(base: Path, tmp_path: Path
     assert flipped(run.trainer.ref_model, _ternary_base(base)) > 0
 
 
+@pytest.mark.slow
 def test_rollouts_come_from_the_ternary_policy(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +119,7 @@ def test_rollouts_come_from_the_ternary_policy(
     assert policy != dense
 
 
+@pytest.mark.slow
 def test_precomputed_log_probabilities_of_a_dense_run_are_not_taken(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ def test_checkpointing_accumulation_and_kept_codes_change_nothing(tiny_model: Mo
         torch.testing.assert_close(parameter.grad, 2 * expected[name], atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_compiled_once_for_the_ramp_and_once_after_it(tiny_model: Model) -> None:
     torch._dynamo.reset()
     model = tiny_model("Llama", num_hidden_layers=1)

@@ -21,8 +21,6 @@ from axolotl_bitnet.training.ramp import RampSchedule
 from support.methods import save_base, settings_of
 from support.runs import Run, config, preference, train
 
-pytestmark = pytest.mark.slow
-
 RUN: dict[str, Any] = {
     "max_steps": 6,
     "eval_steps": 2,
@@ -45,6 +43,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, base: Path) -> tuple[Path, R
     return folder, train(config(folder, base, **RUN))
 
 
+@pytest.mark.slow
 def test_a_run_ends_ternary_and_logs_lambda_and_both_losses(whole: tuple[Path, Run]) -> None:
     folder, run = whole
     assert run.logged("bitnet/ramp") == [0, 0.25, 0.5, 0.75, 1, 1]
@@ -57,6 +56,7 @@ def test_a_run_ends_ternary_and_logs_lambda_and_both_losses(whole: tuple[Path, R
     assert "ramp" not in json.loads((folder / "out" / "config.json").read_text())["axolotl_bitnet"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_the_way_is_not_packed_and_one_after_it_is(
     whole: tuple[Path, Run], tmp_path: Path
 ) -> None:
@@ -67,6 +67,7 @@ def test_a_checkpoint_on_the_way_is_not_packed_and_one_after_it_is(
     pack_checkpoint(out / "checkpoint-6", tmp_path / "packed")
 
 
+@pytest.mark.slow
 def test_resumed_within_the_ramp_it_is_the_uninterrupted_run(
     whole: tuple[Path, Run], base: Path, tmp_path: Path
 ) -> None:
@@ -79,12 +80,14 @@ def test_resumed_within_the_ramp_it_is_the_uninterrupted_run(
         assert torch.equal(one, other), name
 
 
+@pytest.mark.slow
 def test_another_ramp_is_not_resumed(whole: tuple[Path, Run], base: Path, tmp_path: Path) -> None:
     keys = RUN | {"resume_from_checkpoint": str(whole[0] / "out" / "checkpoint-2"), "bitnet": {}}
     with pytest.raises(ResumeError, match=r"ramp_steps was 4 and is now 0 .*would jump"):
         train(config(tmp_path, base, **keys))
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_within_the_ramp_keeps_its_latents_and_is_not_packed(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +105,7 @@ def test_a_run_that_stops_within_the_ramp_keeps_its_latents_and_is_not_packed(
     assert not (tmp_path / "out" / "packed").exists()
 
 
+@pytest.mark.slow
 def test_the_best_model_is_one_from_after_the_ramp(base: Path, tmp_path: Path) -> None:
     """Evaluations at small lambda are of a denser, better model, which is not what ships."""
     keys = RUN | {"load_best_model_at_end": True, "early_stopping_patience": 1, "learning_rate": 1e-9}
@@ -131,6 +135,7 @@ def test_a_reference_model_is_refused(base: Path, tmp_path: Path) -> None:
         train(preference(tmp_path, base, max_steps=8, bitnet={"ramp_steps": 4}))
 
 
+@pytest.mark.slow
 def test_without_a_reference_it_trains(base: Path, tmp_path: Path) -> None:
     run = train(settings_of("orpo", tmp_path, base, max_steps=4, bitnet={"ramp_steps": 2}))
     assert run.logged("bitnet/ramp") == [0, 0.5, 1, 1]

@@ -114,6 +114,7 @@ def test_it_loads_nothing_and_is_accessible(tmp_path: Path) -> None:
     assert "#0102" not in page.source
 
 
+@pytest.mark.slow
 def test_pictures_lie_beside_it(tmp_path: Path) -> None:
     written = write_report(reports.whole(tmp_path / "run"))
     pictures = {path.stem: path.read_bytes() for path in written.parent.glob("*.png")}
@@ -122,6 +123,7 @@ def test_pictures_lie_beside_it(tmp_path: Path) -> None:
     assert {path.suffix for path in written.parent.iterdir()} == {".png", ".html"}
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
     run = reports.whole(tmp_path / "run")
     first = write_report(run).read_bytes()
@@ -395,6 +397,7 @@ def test_grids_order_layers_and_average_experts() -> None:
     assert grid.values[1] == [0.1, 0.1, None]
 
 
+@pytest.mark.slow
 def test_the_old_report_stays_until_the_new_one_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

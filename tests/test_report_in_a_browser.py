@@ -30,6 +30,7 @@ LOOK = {
 }
 
 
+@pytest.mark.slow
 @in_a_browser
 def test_in_a_browser(tmp_path: Path) -> None:
     long = "a-name-that-has-no-place-to-break-" * 6

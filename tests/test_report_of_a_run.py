@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from axolotl_bitnet.report import page as page_module
 from axolotl_bitnet.report.record import HIDDEN
-from support import reports
+from support import TINY, reports
 from support.reports import Page, loads
 
 pytestmark = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
@@ -113,10 +113,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.runs import config, train
 
     folder = tmp_path_factory.mktemp("runs")
-    base = Path(__file__).resolve().parents[1] / "examples" / "falcon-e" / "tiny" / "model"
     settings = config(
         folder,
-        base,
+        TINY / "model",
         reinit_weights=True,
         max_steps=4,
         save_strategy="steps",
@@ -127,13 +126,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hub_model_id=None,
         wandb_name="hf_abcdefghijklmnopqrstuvwxyz",
     )
-    train(settings)
+    train(settings, report=True)
     shutil.copytree(folder / "out", folder / "resumed")
     for path in (folder / "resumed").glob("*.json"):
         path.unlink()
     shutil.rmtree(folder / "resumed" / "checkpoint-4")
-    checkpoint = str(folder / "resumed" / "checkpoint-2")
-    train(settings | {"output_dir": str(folder / "resumed"), "resume_from_checkpoint": checkpoint})
+    settings |= {"output_dir": str(folder / "resumed")}
+    settings |= {"resume_from_checkpoint": str(folder / "resumed" / "checkpoint-2")}
+    train(settings, report=True)
     return folder
 
 

@@ -36,8 +36,6 @@ from support import TINY
 from support.kills import kill_at_every_change
 from support.runs import Run, config, preference, train
 
-pytestmark = pytest.mark.slow
-
 Build = Callable[..., torch.nn.Module]
 Keys = dict[str, Any]
 
@@ -144,6 +142,7 @@ CASES: dict[str, Keys] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_is_uninterrupted_bit_for_bit(
     case: str, workplace: Path, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -178,6 +177,7 @@ def load_as(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(axolotl.cli.config, "load_cfg", load)
 
 
+@pytest.mark.slow
 def test_killed_in_training_and_resumed_in_a_new_process(
     workplace: Path, bases: dict[str, Path], whole_run: Run
 ) -> None:
@@ -193,6 +193,7 @@ def test_killed_in_training_and_resumed_in_a_new_process(
     assert_same(train(keys | {"auto_resume_from_checkpoints": True}), whole_run)
 
 
+@pytest.mark.slow
 def test_a_finished_run_takes_no_step_more(workplace: Path, bases: dict[str, Path], whole_run: Run) -> None:
     """Killed in the final save or in packing: the next start does only that. No epoch ends there."""
     out = workplace / "once more"
@@ -269,6 +270,7 @@ def test_naming_what_is_not_whole_is_refused_with_what_is(damaged: Path) -> None
     assert settle(resuming(damaged, resume_from_checkpoint=str(good))) == (good, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged", [damage_state], indirect=True)
 def test_a_run_passes_over_what_is_not_whole(
     damaged: Path, workplace: Path, bases: dict[str, Path], whole_run: Run, monkeypatch: pytest.MonkeyPatch
@@ -285,6 +287,7 @@ def test_a_run_passes_over_what_is_not_whole(
     assert problems(damaged / "checkpoint-8", ranks=1) == []  # saved again, over what was there
 
 
+@pytest.mark.slow
 def test_killed_at_every_change_of_a_checkpoints_save(
     workplace: Path, bases: dict[str, Path], whole_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,6 +376,7 @@ def test_changed_settings_are_refused_by_name(
     assert str(checkpoint) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_settings_that_do_not_shape_training_may_change(
     workplace: Path, bases: dict[str, Path], whole_run: Run
 ) -> None:
@@ -390,6 +394,7 @@ def test_settings_that_do_not_shape_training_may_change(
     assert train(keys).losses == whole_run.losses
 
 
+@pytest.mark.slow
 def test_dense_and_ternary_do_not_continue_each_other(
     workplace: Path, bases: dict[str, Path], whole_run: Run
 ) -> None:
@@ -413,6 +418,7 @@ def test_dense_and_ternary_do_not_continue_each_other(
 # A previous run in the same folder
 
 
+@pytest.mark.slow
 def test_a_run_clears_the_folder_before_its_first_step(
     workplace: Path, bases: dict[str, Path], whole_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,6 +435,7 @@ def test_a_run_clears_the_folder_before_its_first_step(
     assert verify_checkpoint(out / "packed", out).ok and not list(out.glob("_previous*"))
 
 
+@pytest.mark.slow
 def test_a_base_in_the_output_folder_stays_until_the_end(
     workplace: Path, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

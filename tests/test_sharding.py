@@ -145,6 +145,7 @@ def zero(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
     return run(tmp_path_factory.mktemp("zero"), zero=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(FSDP1)), ids=["-".join(map(str, case)) for case in FSDP1])
 def test_fsdp1_is_the_unsharded_model(fsdp1: list[list[Any]], index: int) -> None:
     original, _, policy, checkpointed = FSDP1[index]
@@ -159,11 +160,13 @@ def test_fsdp1_is_the_unsharded_model(fsdp1: list[list[Any]], index: int) -> Non
     assert len(set(expected["fingerprints"])) == 3  # every step flipped codes
 
 
+@pytest.mark.slow
 def test_fsdp1_shards_end_within_a_row(fsdp1: list[list[Any]]) -> None:
     ends = fsdp1[0][0]["shards"]  # with original parameters: how much of each the first rank holds
     assert any(held % 24 and held > 37 for held in ends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(ZERO)), ids=[f"zero{stage}-{policy}" for stage, policy in ZERO])
 def test_zero_is_the_unsharded_model(
     zero: list[list[Any]], index: int, monkeypatch: pytest.MonkeyPatch
@@ -181,6 +184,7 @@ def test_zero_is_the_unsharded_model(
         assert (sum(seen["shards"]) == 0) == (stage == 3)
 
 
+@pytest.mark.slow
 def test_zero3_bases_are_looked_at_before_training(zero: list[list[Any]]) -> None:
     layer = BitLinear(24, 37)
     layer.weight.data = dense_ternary()

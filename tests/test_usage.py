@@ -41,6 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["packed", "dense"])
 def test_python_runs(run: Path, name: str) -> None:
     (way,) = (way for way in usages(name, str(run / name)) if way.language == "python")

@@ -17,7 +17,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def python(
-    *arguments: str | Path, check: bool = True, timeout: float = 300, **changes: str
+    *arguments: str | Path, check: bool = True, timeout: float = 600, **changes: str
 ) -> subprocess.CompletedProcess[str]:
     """``python *arguments`` to its end, with ``changes`` in its environment; what it wrote is text.
 

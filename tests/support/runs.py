@@ -9,9 +9,9 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -91,17 +91,25 @@ def prepare(settings: dict[str, Any]) -> tuple[Any, Any]:
     from axolotl.common.datasets import load_datasets, load_preference_datasets
     from axolotl.integrations.base import PluginManager
     from axolotl.utils.dict import DictDefault
-    from datasets import Dataset
 
     cfg = load_cfg(DictDefault(settings))
-    with patch.object(Dataset, "save_to_disk", partialmethod(_save_in_this_process, Dataset.save_to_disk)):
+    with data_saved_in_this_process():
         PluginManager.get_instance().load_datasets(cfg, preprocess=False)
         return cfg, load_preference_datasets(cfg=cfg) if cfg.rl else load_datasets(cfg=cfg)
 
 
-def _save_in_this_process(dataset: Any, save: Any, path: str, num_proc: int, **options: Any) -> None:
-    """Axolotl starts a pool, even of one, and each of its processes imports `datasets` anew: seconds."""
-    save(dataset, path, **options)
+@contextmanager
+def data_saved_in_this_process() -> Iterator[None]:
+    """Axolotl saves prepared data from a pool, even of one; its processes import `datasets` anew: seconds."""
+    from datasets import Dataset
+
+    save = Dataset.save_to_disk
+
+    def alone(dataset: Any, path: str, num_proc: int | None = None, **options: Any) -> None:
+        save(dataset, path, **options)
+
+    with patch.object(Dataset, "save_to_disk", alone):
+        yield
 
 
 def train(settings: dict[str, Any], report: bool = False) -> Run:

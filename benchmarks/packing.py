@@ -27,11 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from axolotl_bitnet.formats.export import export
 from axolotl_bitnet.formats.registry import FORMATS
 from axolotl_bitnet.model.layer_plan import CONFIG_KEY
 from axolotl_bitnet.storage.atomic import write_json
@@ -107,8 +109,8 @@ def write_and_report(name: str, source: str, target: str, onebitllms: str | None
         sys.path.insert(0, str(onebitllms))
         from onebitllms import quantize_to_1bit as write
     else:
-        __import__(f"axolotl_bitnet.formats.{FORMATS[name].module}")
-        write = FORMATS[name].write
+        FORMATS[name].format  # noqa: B018 (imports it)
+        write = partial(export, name)
         if name.startswith("gguf"):
             __import__("gguf")
     before, start, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from axolotl_bitnet.formats.export import pack_checkpoint
-from axolotl_bitnet.formats.registry import FORMATS, Format, open_checkpoint
+from axolotl_bitnet.formats.export import export, open_checkpoint, pack_checkpoint
+from axolotl_bitnet.formats.registry import Row
 from axolotl_bitnet.formats.restore import restore_latents
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.storage import safetensors_stream as stream
@@ -152,12 +152,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @every_format
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_source(entry: Format, damage: str, source: Path, tmp_path: Path) -> None:
+def test_damaged_source(entry: Row, damage: str, source: Path, tmp_path: Path) -> None:
     make, message = DAMAGES[damage]
     make(source)
     before = contents(tmp_path)
     with pytest.raises(CheckpointError, match=message) as caught:
-        entry.write(source, tmp_path / "out" / entry.path)
+        export(entry.name, source, tmp_path / "out" / entry.path)
     assert str(source) in str(caught.value)
     assert contents(tmp_path) == before
     assert not list(tmp_path.glob("out/*")) or [*(tmp_path / "out").rglob("*")] == [tmp_path / "out" / "gguf"]
@@ -165,26 +165,26 @@ def test_damaged_source(entry: Format, damage: str, source: Path, tmp_path: Path
 
 @every_format
 def test_damaged_source_costs_no_older_artifact(
-    entry: Format, saved: tuple[nn.Module, Path], source: Path, tmp_path: Path
+    entry: Row, saved: tuple[nn.Module, Path], source: Path, tmp_path: Path
 ) -> None:
     """A NaN is found halfway through the writing."""
     out = tmp_path / "out" / entry.path
-    entry.write(source, out)
+    export(entry.name, source, out)
     DAMAGES["nan"][0](source)
     before = contents(tmp_path)
     with pytest.raises(CheckpointError, match="NaN"):
-        entry.write(source, out, overwrite=True)
+        export(entry.name, source, out, overwrite=True)
     assert contents(tmp_path) == before
     assert entry.open(out).fingerprint() == fingerprint_model(saved[0])
 
 
 @every_format
-def test_target_exists(entry: Format, saved: tuple[nn.Module, Path], source: Path, tmp_path: Path) -> None:
+def test_target_exists(entry: Row, saved: tuple[nn.Module, Path], source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / entry.path
     out.parent.mkdir(parents=True)
     out.write_text("precious")
     with pytest.raises(CheckpointError, match=rf"{out.name} exists: name another .*--overwrite"):
-        entry.write(source, out)
+        export(entry.name, source, out)
     assert out.read_text() == "precious" and list(out.parent.iterdir()) == [out]
 
 
@@ -200,7 +200,7 @@ def test_no_tokenizer(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFix
     assert open_checkpoint(tmp_path / "without").fingerprint() == open_checkpoint(source).fingerprint()
     pytest.importorskip("gguf")
     with pytest.raises(CheckpointError, match=f"{source} holds no tokenizer, which a GGUF file must contain"):
-        FORMATS["gguf-tq2_0"].write(source, tmp_path / "x.gguf")
+        export("gguf-tq2_0", source, tmp_path / "x.gguf")
     assert not list(tmp_path.glob("*x.gguf*"))
 
 
@@ -219,9 +219,9 @@ def test_restoring_is_as_careful(source: Path, tmp_path: Path) -> None:
 
 @every_format
 @pytest.mark.parametrize("cut", ["one byte", "half", "all"])
-def test_truncated_artifact(entry: Format, cut: str, source: Path, tmp_path: Path) -> None:
+def test_truncated_artifact(entry: Row, cut: str, source: Path, tmp_path: Path) -> None:
     """Found when it is opened, or when the codes are read; never read as something else."""
-    out = entry.write(source, tmp_path / entry.path)
+    out = export(entry.name, source, tmp_path / entry.path)
     path = out if out.is_file() else out / "model.safetensors"
     size = path.stat().st_size
     os.truncate(path, {"one byte": size - 1, "half": size // 2, "all": 0}[cut])
@@ -255,16 +255,16 @@ def limited(action: Callable[[], Any], limit: int) -> bytes:
 
 @every_format
 @pytest.mark.parametrize("limit", [0, 3000, 200_000])
-def test_file_size_limit(entry: Format, limit: int, source: Path, tmp_path: Path) -> None:
+def test_file_size_limit(entry: Row, limit: int, source: Path, tmp_path: Path) -> None:
     """In the header, and in the middle of the tensors."""
     out = tmp_path / "out" / entry.path
     out.parent.mkdir(parents=True)
     before = contents(tmp_path)
-    said = limited(lambda: entry.write(source, out), limit).decode()
+    said = limited(lambda: export(entry.name, source, out), limit).decode()
     assert said.startswith(f"CheckpointError: {out} cannot be written ("), said
     assert "File too large" in said or "requested and" in said  # numpy's words
     assert contents(tmp_path) == before and not list(out.parent.iterdir())
-    assert limited(lambda: entry.write(source, out), 1 << 30) == b"written"
+    assert limited(lambda: export(entry.name, source, out), 1 << 30) == b"written"
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @every_format
 @pytest.mark.parametrize("checked", [True, False])
 def test_full_disk(
-    entry: Format, checked: bool, source: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+    entry: Row, checked: bool, source: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Said before the writing begins; or, if others fill the disk meanwhile, when it is full."""
     if not checked:
@@ -290,22 +290,22 @@ def test_full_disk(
     out = small_disk / entry.path
     out.parent.mkdir(exist_ok=True)
     with pytest.raises(CheckpointError, match=r"(?i)no space|requested and") as caught:
-        entry.write(source, out)
+        export(entry.name, source, out)
     assert str(out.parent) in str(caught.value)
     assert not list(out.parent.iterdir())
 
 
 @every_format
-def test_read_only_disk(entry: Format, source: Path, small_disk: Path) -> None:
+def test_read_only_disk(entry: Row, source: Path, small_disk: Path) -> None:
     out = small_disk / entry.path
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(CheckpointError, match=r"cannot be written \(Read-only file system\).*name another"):
-        entry.write(source, out)
+        export(entry.name, source, out)
 
 
 @every_format
-def test_target_below_a_file(entry: Format, source: Path, tmp_path: Path) -> None:
+def test_target_below_a_file(entry: Row, source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(CheckpointError, match=r"cannot be written \((Not a directory|File exists)\)"):
-        entry.write(source, tmp_path / "file" / "deeper" / Path(entry.path).name)
+        export(entry.name, source, tmp_path / "file" / "deeper" / Path(entry.path).name)
     assert (tmp_path / "file").read_text() == "precious"

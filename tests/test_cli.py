@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from axolotl_bitnet.cli.main import main
+from axolotl_bitnet.formats.export import export
 from axolotl_bitnet.formats.registry import FORMATS
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.storage.progress import listening
@@ -198,7 +199,7 @@ def test_progress_is_told_in_bytes(whole_run: Path, tmp_path: Path, name: str, w
 
     target = tmp_path / Path(FORMATS[name].path).name
     with listening(begin):
-        FORMATS[name].write(whole_run, target)
+        export(name, whole_run, target)
         verify_checkpoint(target, whole_run)
     assert len(told) == 3 and all(total == done > 0 for total, done in told.values()), told
     size = next(total for what, (total, _) in told.items() if what.startswith("writing"))

@@ -14,9 +14,8 @@ from torch import nn
 
 import axolotl_bitnet
 from axolotl_bitnet.formats.dense import DenseCheckpoint, magnitude_of
-from axolotl_bitnet.formats.export import pack_checkpoint, revert_checkpoint
+from axolotl_bitnet.formats.export import open_checkpoint, pack_checkpoint, revert_checkpoint
 from axolotl_bitnet.formats.latent import LatentCheckpoint
-from axolotl_bitnet.formats.registry import open_checkpoint
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.model.layer_plan import CONFIG_KEY

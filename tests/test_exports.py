@@ -17,7 +17,7 @@ from axolotl.utils.dict import DictDefault
 from transformers import AutoTokenizer, BitNetConfig, LlamaConfig, MixtralConfig
 
 from axolotl_bitnet.model.layer_plan import ConversionError
-from axolotl_bitnet.plugin.exports import refuse_exports
+from axolotl_bitnet.plugin.base_model import refuse_exports
 from axolotl_bitnet.storage.atomic import read_json
 from axolotl_bitnet.verify.verify import verify_checkpoint
 from support import TINY

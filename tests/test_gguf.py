@@ -28,15 +28,14 @@ from axolotl_bitnet.formats.gguf.architecture import (
     shape_of,
     tensors_of,
 )
-from axolotl_bitnet.formats.gguf.blocks import (
+from axolotl_bitnet.formats.gguf.metadata import metadata_of
+from axolotl_bitnet.formats.gguf.reader import GGUFCheckpoint
+from axolotl_bitnet.formats.gguf.ternary_type import scale_from_fp16, scale_to_fp16
+from axolotl_bitnet.formats.gguf.tq import (
     BLOCK_BYTES,
     decode_blocks,
     encode_blocks,
-    scale_from_fp16,
-    scale_to_fp16,
 )
-from axolotl_bitnet.formats.gguf.metadata import metadata_of
-from axolotl_bitnet.formats.gguf.writer import TYPES, GGUFCheckpoint
 from axolotl_bitnet.formats.latent import LatentCheckpoint
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.model.layer_plan import CONFIG_KEY
@@ -64,7 +63,7 @@ def random_scale() -> Tensor:
 # Blocks
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", BLOCK_BYTES)
 @pytest.mark.parametrize("shape", [(1, 256), (3, 512), (17, 1280), (256, 256), (5, 13312)])
 def test_blocks_are_the_gguf_package_s(kind: str, shape: tuple[int, int]) -> None:
     codes, s = random_codes(*shape), random_scale()
@@ -79,7 +78,7 @@ def test_blocks_are_the_gguf_package_s(kind: str, shape: tuple[int, int]) -> Non
     assert torch.equal(scale_from_fp16(scales[0, :1]), s)
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", BLOCK_BYTES)
 def test_a_block_of_zeros_has_the_scale_too(kind: str) -> None:
     """The gguf package's quantization would drop it, and with it that of a matrix of zeros."""
     packed = encode_blocks(
@@ -162,7 +161,7 @@ def same_model(found: GGUFCheckpoint, source: LatentCheckpoint) -> None:
             assert tensor.dtype == entry.dtype and torch.equal(tensor, source.tensor(key).to(entry.dtype))
 
 
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("type", BLOCK_BYTES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_file_is_the_model(tmp_path: Path, variant: str, type: str) -> None:
     """With random scales; codes and s exactly, norms and biases exactly, the rest rounded to bfloat16."""
@@ -195,7 +194,7 @@ def test_a_file_is_the_model(tmp_path: Path, variant: str, type: str) -> None:
         pytest.fail("no k")
 
 
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("type", BLOCK_BYTES)
 def test_a_packed_folder_gives_the_same_file(latents: Path, tmp_path: Path, type: str) -> None:
     """But for norms, which packing rounds to bfloat16 and a config that says so."""
     pack_checkpoint(latents, tmp_path / "packed")
@@ -213,7 +212,7 @@ def test_a_packed_folder_gives_the_same_file(latents: Path, tmp_path: Path, type
     assert again.read_bytes() == (tmp_path / "packed.gguf").read_bytes()
 
 
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("type", BLOCK_BYTES)
 def test_any_other_byte_of_codes_is_seen(latents: Path, tmp_path: Path, type: str) -> None:
     file = export_gguf(latents, tmp_path / "model.gguf", type)
     expected = GGUFCheckpoint(file).fingerprint()

@@ -16,7 +16,7 @@ from axolotl_bitnet import convert_to_bitlinear, pack_checkpoint
 from axolotl_bitnet.formats.export import export_gguf
 from axolotl_bitnet.formats.gguf import architecture as gguf_llama
 from axolotl_bitnet.formats.gguf import metadata
-from axolotl_bitnet.formats.gguf.writer import TYPES
+from axolotl_bitnet.formats.gguf.tq import BLOCK_BYTES
 from support import TINY
 from support.llamacpp import LlamaCpp
 from support.llamas import VARIANTS, build, save
@@ -51,7 +51,7 @@ def test_llama_cpp_computes_the_trained_model(tmp_path: Path, variant: str) -> N
     assert max(errors(model, file)) < OFF
 
 
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("type", BLOCK_BYTES)
 @pytest.mark.parametrize("embeddings", ["f16", "q8_0"])
 def test_other_types_compute_the_same(tmp_path: Path, type: str, embeddings: str) -> None:
     model = build(hidden_size=512)
@@ -131,7 +131,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("type", BLOCK_BYTES)
 def test_greedy_tokens_are_the_trained_model_s(trained: Trained, tmp_path: Path, type: str) -> None:
     runner = LlamaCpp(export_gguf(trained.latents, tmp_path / "model.gguf", type))
     right = 0

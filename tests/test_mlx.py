@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from axolotl_bitnet.formats.export import export_mlx, pack_checkpoint, revert_checkpoint
+from axolotl_bitnet.formats.export import export_mlx, open_checkpoint, pack_checkpoint, revert_checkpoint
 from axolotl_bitnet.formats.mlx import MLXCheckpoint, group_size, pack_words, unpack_words
-from axolotl_bitnet.formats.registry import open_checkpoint
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.model.layer_plan import CONFIG_KEY
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 import axolotl_bitnet
 from axolotl_bitnet.formats.dense import DenseCheckpoint
-from axolotl_bitnet.formats.export import export_mlx, pack_checkpoint, revert_checkpoint
+from axolotl_bitnet.formats.export import export_mlx, open_checkpoint, pack_checkpoint, revert_checkpoint
 from axolotl_bitnet.formats.latent import LatentCheckpoint
-from axolotl_bitnet.formats.registry import open_checkpoint
 from axolotl_bitnet.formats.restore import restore_latents
-from axolotl_bitnet.formats.third_party import ForeignPackedCheckpoint
+from axolotl_bitnet.formats.third_party import ThirdPartyPackedCheckpoint
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.model.layer_plan import CONFIG_KEY
 from axolotl_bitnet.model.preflight import preflight
@@ -406,7 +405,7 @@ def test_readers_of_others(tiny_model: Build, tmp_path: Path) -> None:
     """A model that others packed can be written in any format at once."""
     source = onebitllms(trained(tiny_model, "llama"), tmp_path / "source")
     found = open_checkpoint(source)
-    assert isinstance(found, ForeignPackedCheckpoint)
+    assert isinstance(found, ThirdPartyPackedCheckpoint)
     dense = DenseCheckpoint(revert_checkpoint(source, tmp_path / "dense"))
     assert dense.fingerprint() == found.fingerprint()
     assert list(found.entries) == sorted(found.entries) == list(dense.entries)

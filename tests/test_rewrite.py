@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from axolotl_bitnet.formats.export import pack_checkpoint
-from axolotl_bitnet.formats.folder_writer import WholeMatrices, rewrite
-from axolotl_bitnet.formats.registry import open_checkpoint
+from axolotl_bitnet.formats.dense import DenseFormat
+from axolotl_bitnet.formats.export import open_checkpoint, pack_checkpoint
 from axolotl_bitnet.model.layer_plan import CONFIG_KEY
 from axolotl_bitnet.storage.atomic import CheckpointError, write_json
 from axolotl_bitnet.storage.safetensors_stream import SINGLE, Entry, SafetensorsWriter
@@ -71,7 +70,7 @@ def test_writing_needs_little_memory(large: Path, tmp_path: Path, function: str)
     )
 
 
-class Wrong(WholeMatrices):
+class Wrong(DenseFormat):
     """Announces one tensor, and writes none."""
 
     def entries(self, weight: Entry) -> list[Entry]:
@@ -84,7 +83,7 @@ class Wrong(WholeMatrices):
 def test_a_layout_that_cannot(tmp_path: Path) -> None:
     source = open_checkpoint(by_hand(tmp_path / "latents", {"a": torch.randn(4, 4)}))
     with pytest.raises(CheckpointError, match=r"latents: 'a\.weight': no room for it"):
-        rewrite(source, tmp_path / "out", Wrong(), source.config)
+        Wrong().write(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]
 
 
@@ -96,5 +95,5 @@ class TooNarrow(Wrong):
 def test_a_weight_that_no_layout_holds_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     source = open_checkpoint(by_hand(tmp_path / "latents", {"a": torch.randn(4, 4)}))
     with pytest.raises(CheckpointError, match=r"latents: 'a\.weight' has 4 columns, and that is too few"):
-        rewrite(source, tmp_path / "out", TooNarrow(), source.config)
+        TooNarrow().write(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]

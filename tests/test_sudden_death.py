@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from axolotl_bitnet.formats.registry import Format, open_checkpoint
+from axolotl_bitnet.formats.export import export, open_checkpoint
+from axolotl_bitnet.formats.registry import Row
 from axolotl_bitnet.model.fingerprint import Fingerprint, fingerprint_model
 from axolotl_bitnet.storage.atomic import CheckpointError
 from support import TINY
@@ -63,21 +64,23 @@ def killed_after(action: Callable[[], object], seconds: float) -> bool:
 @every_format
 @pytest.mark.parametrize("older", [False, True], ids=["no older", "over an older"])
 def test_killed_at_random_moments(
-    entry: Format, older: bool, models: list[tuple[Path, Fingerprint]], tmp_path: Path
+    entry: Row, older: bool, models: list[tuple[Path, Fingerprint]], tmp_path: Path
 ) -> None:
     (old, trained_before), (new, trained_now) = models
     out, clock = tmp_path / "out" / entry.path, random.Random(f"{entry.name} {older}")
     latents = contents(new)
-    entry.write(new, tmp_path / "imports" / entry.path)
+    export(entry.name, new, tmp_path / "imports" / entry.path)
     start = time.perf_counter()
-    entry.write(old, tmp_path / "first" / entry.path)
+    export(entry.name, old, tmp_path / "first" / entry.path)
     whole = time.perf_counter() - start
     kills = found = 0
     for _ in range(TRIES):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         if older:
             shutil.copytree(tmp_path / "first", tmp_path / "out")
-        kills += killed_after(lambda: entry.write(new, out, overwrite=True), clock.uniform(0, 1.1) * whole)
+        kills += killed_after(
+            lambda: export(entry.name, new, out, overwrite=True), clock.uniform(0, 1.1) * whole
+        )
         assert contents(new) == latents
         try:
             read = entry.open(out).fingerprint()
@@ -92,5 +95,5 @@ def test_killed_at_random_moments(
     assert kills >= TRIES // 2
     assert not older or found
 
-    entry.write(new, out, overwrite=True)  # the next start
+    export(entry.name, new, out, overwrite=True)  # the next start
     assert open_checkpoint(out).fingerprint() == trained_now

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from axolotl_bitnet import pack_checkpoint, restore_latents, revert_checkpoint
-from axolotl_bitnet.formats.registry import open_checkpoint
+from axolotl_bitnet.formats.export import open_checkpoint
 from axolotl_bitnet.storage import parallel as threads
 from axolotl_bitnet.storage.parallel import one_thread, parallel_map, row_ranges
 from axolotl_bitnet.verify.contents import compare_tensors

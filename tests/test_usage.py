@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_bitnet import convert_to_bitlinear, pack_checkpoint, revert_checkpoint
 from axolotl_bitnet.formats.registry import FORMATS
-from axolotl_bitnet.formats.usage import usages
 from support import TINY
 from support.processes import python
 
@@ -20,7 +19,7 @@ ODD = """a "run", it's $HOME's"""
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_commands_are_one_line_and_name_the_path(name: str) -> None:
-    for way in usages(name, f"{ODD}/{FORMATS[name].path}"):
+    for way in FORMATS[name].format.ways_to_run(f"{ODD}/{FORMATS[name].path}"):
         if way.language == "bash":
             assert "\n" not in way.text
             assert f"{ODD}/{FORMATS[name].path}" in shlex.split(way.text)
@@ -44,6 +43,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["packed", "dense"])
 def test_python_runs(run: Path, name: str) -> None:
-    (way,) = (way for way in usages(name, str(run / name)) if way.language == "python")
+    (way,) = (way for way in FORMATS[name].format.ways_to_run(str(run / name)) if way.language == "python")
     done = python("-c", way.text, TORCH_COMPILE_DISABLE="1", HF_HUB_OFFLINE="1")
     assert "The capital of France is" in done.stdout

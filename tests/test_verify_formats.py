@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from axolotl_bitnet.formats.export import export
 from axolotl_bitnet.formats.registry import FORMATS
 from axolotl_bitnet.formats.restore import restore_latents
 from axolotl_bitnet.verify.logits import PROMPTS
@@ -179,7 +180,7 @@ def test_gguf_without_llama_cpp_says_so(run: Path, monkeypatch: pytest.MonkeyPat
 def test_the_reference_for_other_tensors_may_be_rounded_once_more(run: Path, tmp_path: Path) -> None:
     """Written from the packed model, which had rounded to bfloat16 already."""
     for name in MADE:
-        again = FORMATS[name].write(run / "packed", tmp_path / FORMATS[name].path)
+        again = export(name, run / "packed", tmp_path / FORMATS[name].path)
         assert verify_checkpoint(again, run).ok
     name = f"{Q}.bias"  # not a rounding: float32 latents' low bits in a bfloat16's place
     edit_tensors(tmp_path / "packed", lambda tensors: tensors[name].add_(1))

@@ -11,8 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .formats.export import export_gguf, pack_checkpoint, revert_checkpoint
-    from .formats.registry import open_checkpoint
+    from .formats.export import export_gguf, open_checkpoint, pack_checkpoint, revert_checkpoint
     from .formats.restore import restore_latents
     from .layers.bitlinear import BitLinear
     from .layers.weight_codes import weights_unchanged
@@ -33,7 +32,7 @@ _HOMES = {
     "convert_to_bitlinear": "model.convert",
     "export_gguf": "formats.export",
     "observe": "training.monitor.figures",
-    "open_checkpoint": "formats.registry",
+    "open_checkpoint": "formats.export",
     "pack_checkpoint": "formats.export",
     "quantize_activations": "ternary",
     "restore_latents": "formats.restore",

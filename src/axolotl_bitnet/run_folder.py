@@ -14,6 +14,12 @@ MONITOR_FILE = "monitor.json"
 REPORT = "report"
 """Folder of the report's page and plots."""
 
+PAGE = "index.html"
+"""In it: the page."""
+
+CARD = "README.md"
+"""The model card."""
+
 PACKED = "packed"
 """Folder of the packed model."""
 
@@ -23,6 +29,9 @@ MERGED = "merged"
 ASIDE = "_previous"
 """Folder for a previous run's files while a run writes its own. Uploads to a hub leave out names that begin
 with an underscore."""
+
+CHECKPOINT = "checkpoint-"
+"""Beginning of the folders that the Trainer saves in; the number of the step follows."""
 
 STATE = "trainer_state.json"
 """In every `checkpoint-N`: what the Trainer writes last."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from axolotl_bitnet.formats.gguf.blocks import decode_blocks, encode_blocks
+from axolotl_bitnet.formats.gguf.tq import decode_blocks, encode_blocks
 from axolotl_bitnet.formats.mlx import pack_words, unpack_words
 from axolotl_bitnet.formats.packed import pack_codes, unpack_codes
 from axolotl_bitnet.formats.registry import FORMATS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ..formats.registry import FORMATS
+from ..formats.export import export, export_gguf, gguf_types
 from ..storage.safetensors_stream import weight_bytes
 from .terminal import as_json, command, size
 
@@ -42,7 +42,7 @@ def pack(source: Path, target: Path, overwrite: bool, machine: bool) -> None:
     Example:
         axolotl bitnet pack outputs/falcon-e-3b-sft outputs/falcon-e-3b-sft/packed --overwrite
     """
-    FORMATS["packed"].write(source, target, overwrite)
+    export("packed", source, target, overwrite)
     _wrote("packed", source, target, machine)
 
 
@@ -51,7 +51,7 @@ def pack(source: Path, target: Path, overwrite: bool, machine: bool) -> None:
 @click.option(
     "--type",
     "kind",
-    type=click.Choice([name.removeprefix("gguf-") for name in FORMATS if name.startswith("gguf-")]),
+    type=click.Choice(gguf_types()),
     default="tq2_0",
     show_default=True,
     help="tq2_0: 2.06 bits a weight, quicker. tq1_0: 1.69 bits, smaller.",
@@ -72,8 +72,6 @@ def gguf(source: Path, target: Path, overwrite: bool, machine: bool, kind: str, 
         axolotl bitnet gguf outputs/falcon-e-3b-sft falcon-e-3b-sft-TQ2_0.gguf --overwrite
         axolotl bitnet gguf outputs/falcon-e-3b-sft small.gguf --type tq1_0 --embeddings q8_0
     """
-    from ..formats.export import export_gguf
-
     export_gguf(source, target, kind, overwrite, embeddings=embeddings)
     _wrote(f"gguf-{kind}", source, target, machine)
 
@@ -88,7 +86,7 @@ def revert(source: Path, target: Path, overwrite: bool, machine: bool) -> None:
     Example:
         axolotl bitnet revert outputs/falcon-e-3b-sft outputs/falcon-e-3b-sft/dense --overwrite
     """
-    FORMATS["dense"].write(source, target, overwrite)
+    export("dense", source, target, overwrite)
     _wrote("dense", source, target, machine)
 
 
@@ -102,7 +100,7 @@ def mlx(source: Path, target: Path, overwrite: bool, machine: bool) -> None:
     Example:
         axolotl bitnet mlx outputs/falcon-e-3b-sft outputs/falcon-e-3b-sft/mlx --overwrite
     """
-    FORMATS["mlx"].write(source, target, overwrite)
+    export("mlx", source, target, overwrite)
     _wrote("mlx", source, target, machine)
 
 

@@ -22,6 +22,7 @@ class TernaryCheckpoint(ABC):
     """A stored ternary model, whatever its format; one tensor at a time.
 
     Attributes:
+        format: "latents", "third-party", or what :data:`~.registry.FORMATS` calls it.
         folder: where the weights are.
         companions: where config.json, tokenizer and the like are.
         config: config.json of the *trained* model: with the list of ternary layers, without what a format
@@ -34,6 +35,7 @@ class TernaryCheckpoint(ABC):
         rounding: what the format does to tensors that are not ternary, in words.
     """
 
+    format: str
     folder: Path
     companions: Path
     config: dict[str, Any]
@@ -45,7 +47,9 @@ class TernaryCheckpoint(ABC):
 
     @abstractmethod
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
-        """``(codes, s)`` of a layer: int8 (rows, columns) and bfloat16 (1,), on the CPU."""
+        """``(codes, s)`` of a layer, on the CPU: int8 (rows, columns), and the scales that codes are divided
+        by, bfloat16. One number a matrix, (1,), is their only shape today; what writes a checkpoint refuses
+        any other (:func:`~.folder_writer.require_scale`)."""
 
     def code_rows(self, name: str) -> tuple[Callable[[int, int], Tensor], Tensor]:
         """``(rows, s)`` of a layer: ``rows(start, stop)`` are the int8 codes of these rows, on the CPU.

@@ -7,17 +7,64 @@ own.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ..model.layer_plan import CONFIG_KEY, Plan
-from ..storage.atomic import CheckpointError
+from ..model.layer_plan import CONFIG_KEY, FORMAT_KEY, Plan
+from ..storage.atomic import CheckpointError, read_json
 
-FORMAT = "format"
-"""Beside the list of ternary layers in config.json: how they are stored, where nothing else says it."""
+Kind = Literal["latents", "packed", "dense", "mlx", "third-party", "online", "quantized", "unlisted"]
 
 
-DENSE = "dense"
+@dataclass(frozen=True)
+class Recognized:
+    """What a config.json says a stored model is.
+
+    Attributes:
+        kind: "latents", "packed", "dense" or "mlx": written by this package. "third-party": packed by another
+            program in the way of BitNet. "online": Microsoft's bf16 BitNet, latents that transformers
+            quantizes as it runs. "quantized": by another method. "unlisted": nothing says; a model that was
+            never ternary, or one whose dense ternary layers nobody listed.
+        method: ``quant_method`` of a quantized model.
+        linear_class: transformers' class of a BitNet model's packed layers; ``autobitlinear`` multiplies by
+            the scale, where ``bitlinear`` divides.
+    """
+
+    kind: Kind
+    method: str | None = None
+    linear_class: str | None = None
+
+
+def recognize(config: Mapping[str, Any]) -> Recognized:
+    """What the model beside a config.json is, by the config alone.
+
+    A config of the architecture `bitnet` that names no ``linear_class`` can only be Microsoft's: no other
+    program packs its sub-norms.
+    """
+    entry, ours = config.get(CONFIG_KEY), CONFIG_KEY in config
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, Mapping):
+        method = quantization.get("quant_method")
+        microsoft = "autobitlinear" if config.get("model_type") == "bitnet" else "bitlinear"
+        linear_class = quantization.get("linear_class", microsoft)
+        online = linear_class == "autobitlinear" and quantization.get("quantization_mode") == "online"
+        if method != "bitnet":
+            return Recognized("packed" if ours else "quantized", method)
+        return Recognized(
+            "packed" if ours else "online" if online else "third-party", method, str(linear_class)
+        )
+    if isinstance(config.get("quantization"), Mapping):
+        return Recognized("mlx")
+    if not ours:
+        return Recognized("unlisted")
+    dense = isinstance(entry, Mapping) and entry.get(FORMAT_KEY) == "dense"
+    return Recognized("dense" if dense else "latents")
+
+
+def read_config(folder: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A folder's config.json, to be changed by the caller; ``known`` is what it holds, if it was read."""
+    return read_json(folder / "config.json") if known is None else dict(known)
 
 
 def read_plan(config: Mapping[str, Any], where: str | Path) -> Plan:
@@ -27,19 +74,13 @@ def read_plan(config: Mapping[str, Any], where: str | Path) -> Plan:
         CheckpointError: the config has none, so the checkpoint was not trained with BitLinear layers of this
         package.
     """
-    entry = config.get(CONFIG_KEY)
-    if not isinstance(entry, dict) or not entry.get("converted"):
+    plan = Plan.from_entry(config.get(CONFIG_KEY))
+    if plan is None:
         raise CheckpointError(
             f"{where} does not say which layers are ternary (no '{CONFIG_KEY}' key): it was not trained by "
             "axolotl-bitnet. Load it, call convert_to_bitlinear(model) and save it again"
         )
-    return Plan(list(entry["converted"]), list(entry.get("dense", [])), dict(entry.get("saved_as", {})))
-
-
-def is_dense(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that its ternary layers are stored as ``codes / s``."""
-    entry = config.get(CONFIG_KEY)
-    return isinstance(entry, Mapping) and entry.get(FORMAT) == DENSE
+    return plan
 
 
 def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
@@ -63,13 +104,3 @@ def in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
     }
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}
     return kept | inside | {"dtype": "bfloat16"}
-
-
-def _kind(config: Mapping[str, Any]) -> str | None:
-    """The format that a config.json speaks of: ours, packed by others ("foreign"), or None: latents."""
-    method = config.get("quantization_config")
-    if isinstance(method, dict):
-        return "packed" if CONFIG_KEY in config else "foreign"
-    if isinstance(config.get("quantization"), dict):
-        return "mlx"
-    return "dense" if is_dense(config) else None

@@ -8,18 +8,22 @@ tensors are stored in bfloat16, which leaves bfloat16 ones untouched.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..model.layer_plan import CONFIG_KEY, Plan
-from ..storage.atomic import CheckpointError, read_json
+from ..model.layer_plan import CONFIG_KEY, FORMAT_KEY, Plan
+from ..storage.atomic import CheckpointError
 from ..storage.safetensors_stream import CheckpointReader, Entry
 from ..ternary import EPSILON, scale_of
 from .checkpoint import TernaryCheckpoint
-from .config_json import DENSE, FORMAT, read_plan
-from .folder_writer import WholeMatrices
+from .config_json import in_bfloat16, read_config, read_plan, recognize, with_rope_theta
+from .folder_writer import MatrixFormat
+from .format import WayToRun, in_transformers
 
 
 def magnitude_of(codes: Tensor, s: Tensor) -> Tensor:
@@ -43,7 +47,23 @@ _ZERO_SCALE = scale_of(torch.tensor(EPSILON))
 """The scale of a matrix whose codes are all zero: the definition has no other for it."""
 
 
-class DenseLayout(WholeMatrices):
+class DenseFormat(MatrixFormat):
+    def open(self, path: str | Path, config: Mapping[str, Any] | None = None) -> TernaryCheckpoint:
+        return DenseCheckpoint(path, config=config)
+
+    def ways_to_run(self, path: str) -> list[WayToRun]:
+        note = (
+            "The same weights, `codes / scale`; activations are not quantized, so answers are near the "
+            "ternary model's, not equal."
+        )
+        text = f"vllm serve {shlex.quote(path)} --dtype bfloat16"
+        serve = WayToRun("Dense bfloat16, in vLLM and SGLang", "bash", text, note)
+        return [serve, in_transformers("Dense bfloat16, in transformers", path)]
+
+    def config_of(self, source: TernaryCheckpoint) -> dict[str, Any]:
+        config = with_rope_theta(in_bfloat16(source.config))
+        return config | {CONFIG_KEY: {**config[CONFIG_KEY], FORMAT_KEY: DenseCheckpoint.format}}
+
     def entries(self, weight: Entry) -> list[Entry]:
         return [Entry(weight.name, torch.bfloat16, weight.shape)]
 
@@ -57,24 +77,33 @@ class DenseCheckpoint(TernaryCheckpoint):
     Args:
         folder: where it is.
         names: its ternary layers, if its config does not list them.
+        config, reader: its config.json and its tensors, if they were read already.
 
     Raises:
         CheckpointError: the folder is not what :func:`revert_checkpoint` writes; later, at
             :meth:`codes`: a layer has more than one magnitude, or a NaN.
     """
 
-    def __init__(self, folder: str | Path, names: Plan | None = None):
+    format = "dense"
+
+    def __init__(
+        self,
+        folder: str | Path,
+        names: Plan | None = None,
+        config: Mapping[str, Any] | None = None,
+        reader: CheckpointReader | None = None,
+    ):
         self.folder = self.companions = Path(folder)
         path = self.folder / "config.json"
-        self.config = read_json(path)
+        self.config = read_config(self.folder, config)
         if names is None:
             names = read_plan(self.config, path)
-            entry = dict(self.config[CONFIG_KEY])
-            if entry.pop(FORMAT, None) != DENSE:
+            if recognize(self.config).kind != "dense":
                 raise CheckpointError(f"{path} is not a dense revert's ('{CONFIG_KEY}': format 'dense')")
-            self.config[CONFIG_KEY] = entry
+            entry = self.config[CONFIG_KEY]
+            self.config[CONFIG_KEY] = {key: value for key, value in entry.items() if key != FORMAT_KEY}
         self.names = names
-        self._reader = CheckpointReader(self.folder)
+        self._reader = reader or CheckpointReader(self.folder)
         self.entries = self._reader.entries
         self.keys = {name: f"{names.stem(name, self.entries)}.weight" for name in names.converted}
         for key in self.keys.values():
@@ -108,3 +137,6 @@ def read_signs(reader: CheckpointReader, key: str) -> tuple[Tensor, Tensor] | No
         codes[row : row + block.shape[0]] = torch.sign(block)
         row += block.shape[0]
     return codes, scale_of(magnitude) if bool(magnitude) else _ZERO_SCALE.clone()
+
+
+DENSE = DenseFormat()

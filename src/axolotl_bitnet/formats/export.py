@@ -1,25 +1,58 @@
-"""The public functions that write a stored ternary model in another format."""
+"""The public functions: open a stored ternary model, and write it in another format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ..model.layer_plan import CONFIG_KEY
-from .config_json import DENSE, FORMAT, in_bfloat16, with_rope_theta
-from .dense import DenseLayout
-from .folder_writer import rewrite
-from .gguf.writer import write_gguf
-from .mlx import MLXLayout, mlx_config, refuse_architecture
-from .packed import PackedLayout, packed_config
-from .registry import open_checkpoint
+from ..storage.atomic import CheckpointError, read_json
+from .checkpoint import TernaryCheckpoint
+from .config_json import recognize
+from .format import Proof
+from .latent import LatentCheckpoint
+from .registry import FORMATS
+
+
+def open_checkpoint(path: str | Path) -> TernaryCheckpoint:
+    """A ternary model of any format that this package writes, or a packed one of others.
+
+    Args:
+        path: a folder (latents, as training saves them, or an artifact), a GGUF file, or a folder with one.
+
+    Raises:
+        CheckpointError: there is no ternary model.
+    """
+    path = Path(path)
+    if (file := _gguf_in(path)) is not None:
+        return FORMATS["gguf-tq2_0"].format.open(file)  # any type: the file says which
+    if not path.is_dir():
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(f"{path} is neither a folder with a model nor a GGUF file")
+    if not (path / "config.json").exists():
+        return LatentCheckpoint(path)  # whose config may be beside it
+    config = read_json(path / "config.json")
+    kind = recognize(config).kind
+    if kind in FORMATS:
+        return FORMATS[kind].format.open(path, config)
+    if kind in ("third-party", "online", "quantized"):
+        from .third_party import ThirdPartyPackedCheckpoint
+
+        return ThirdPartyPackedCheckpoint(path, config)
+    return LatentCheckpoint(path, config)
+
+
+def export(
+    name: str, src: str | Path, dst: str | Path, overwrite: bool = False, check: Proof | None = None
+) -> Path:
+    """Write a stored ternary model in the format that :data:`~.registry.FORMATS` calls ``name``; the
+    functions below say more."""
+    return FORMATS[name].format.write(open_checkpoint(src), dst, overwrite, check)
 
 
 def pack_checkpoint(
-    src: str | Path,
-    dst: str | Path,
-    overwrite: bool = False,
-    check: Callable[[Path], None] | None = None,
+    src: str | Path, dst: str | Path, overwrite: bool = False, check: Proof | None = None
 ) -> Path:
     """Pack a ternary model to 2 bits a weight.
 
@@ -39,63 +72,31 @@ def pack_checkpoint(
     Raises:
         CheckpointError: the source cannot be read or packed, or the target exists.
     """
-    source = open_checkpoint(src)
-    return rewrite(source, dst, PackedLayout(), packed_config(source.config, source.names), overwrite, check)
+    return export("packed", src, dst, overwrite, check)
 
 
 def revert_checkpoint(
-    src: str | Path,
-    dst: str | Path,
-    overwrite: bool = False,
-    check: Callable[[Path], None] | None = None,
+    src: str | Path, dst: str | Path, overwrite: bool = False, check: Proof | None = None
 ) -> Path:
     """Write a ternary model as a dense bfloat16 one: ``codes / s``, within 0.4 % a weight.
 
     It computes without the quantization of activations that trained, so its logits are near those of the
-    ternary model, not equal.
-
-    Args:
-        src: a ternary model in any format, a folder or a GGUF file.
-        dst: folder to make.
-        overwrite: replace ``dst`` if it exists.
-        check: called with the finished folder before it gets its name; if it raises, nothing is left behind.
-
-    Returns:
-        ``dst``.
+    ternary model, not equal. Arguments and errors as for :func:`pack_checkpoint`.
 
     Raises:
-        CheckpointError: the source cannot be read, a scale would not be recoverable, or the target exists.
+        CheckpointError: also if a scale would not be recoverable.
     """
-    source = open_checkpoint(src)
-    config = with_rope_theta(in_bfloat16(source.config))
-    config[CONFIG_KEY] = {**config[CONFIG_KEY], FORMAT: DENSE}
-    return rewrite(source, dst, DenseLayout(), config, overwrite, check)
+    return export("dense", src, dst, overwrite, check)
 
 
-def export_mlx(
-    src: str | Path,
-    dst: str | Path,
-    overwrite: bool = False,
-    check: Callable[[Path], None] | None = None,
-) -> Path:
-    """Write a ternary model for mlx-lm, at 2.25 bits a weight. Needs no MLX.
-
-    Args:
-        src: a ternary model in any format, a folder or a GGUF file.
-        dst: folder to make.
-        overwrite: replace ``dst`` if it exists.
-        check: called with the finished folder before it gets its name; if it raises, nothing is left behind.
-
-    Returns:
-        ``dst``.
+def export_mlx(src: str | Path, dst: str | Path, overwrite: bool = False, check: Proof | None = None) -> Path:
+    """Write a ternary model for mlx-lm, at 2.25 bits a weight. Needs no MLX. Arguments and errors as for
+    :func:`pack_checkpoint`.
 
     Raises:
-        CheckpointError: the source cannot be read, MLX has no such layers in this architecture, a scale would
-            not be recoverable, or the target exists.
+        CheckpointError: also if mlx-lm cannot run it as it was trained, or a scale would not be recoverable.
     """
-    source = open_checkpoint(src)
-    refuse_architecture(source.config, src)
-    return rewrite(source, dst, MLXLayout(), mlx_config(source), overwrite, check)
+    return export("mlx", src, dst, overwrite, check)
 
 
 def export_gguf(
@@ -103,7 +104,7 @@ def export_gguf(
     file: str | Path,
     type: str = "tq2_0",
     overwrite: bool = False,
-    check: Callable[[Path], None] | None = None,
+    check: Proof | None = None,
     embeddings: str = "bf16",
 ) -> Path:
     """Write a ternary model as one GGUF file.
@@ -128,6 +129,25 @@ def export_gguf(
             RoPE scaling, tokenizer), or the target exists.
         ImportError: the gguf package is missing.
     """
-    target = Path(file)
-    write_gguf(open_checkpoint(src), target, type, overwrite, check, embeddings)
+    row = FORMATS.get(f"gguf-{type}")
+    if row is None:
+        raise CheckpointError(f"type '{type}': the types are {', '.join(gguf_types())}")
+    written: Any = row.format
+    target: Path = replace(written, embeddings=embeddings).write(open_checkpoint(src), file, overwrite, check)
     return target
+
+
+def gguf_types() -> list[str]:
+    """What ``type`` can be for :func:`export_gguf`."""
+    return [name.removeprefix("gguf-") for name in FORMATS if name.startswith("gguf-")]
+
+
+def _gguf_in(path: Path) -> Path | None:
+    if path.is_file():
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise CheckpointError(f"{path} holds {len(files)} GGUF files: name one, such as {files[0]}")
+    return files[0] if files else None

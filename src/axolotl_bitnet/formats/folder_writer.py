@@ -1,32 +1,34 @@
 """One stored ternary model written as another: what the folder formats share.
 
-A format says what it makes of a ternary weight; everything else is stored as it is or in bfloat16. Tensor by
-tensor: memory stays below twice the largest tensor plus 300 MiB. The folder appears when it is complete.
+A format says what it makes of a ternary weight; everything else is stored as it is or in bfloat16. Before
+anything is written, the tensors are compared with the model that config.json describes, which transformers
+builds without memory, on the meta device. A checkpoint whose architecture it does not know, or whose tensors
+it renames on loading, is compared as far as the names agree.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..storage.atomic import CheckpointError, whole_folder, write_json
 from ..storage.parallel import one_thread
 from ..storage.safetensors_stream import SINGLE, Entry, SafetensorsWriter
 from .checkpoint import TernaryCheckpoint
 from .companions import copy_companions
-from .shapes import require_shapes
+from .format import Format, Proof
 
 
-class Layout(ABC):
-    """How a format stores a ternary weight, and the rest.
+class FolderFormat(Format):
+    """A format that is a folder: config.json, safetensors, tokenizer.
 
     Attributes:
-        rest: dtype of all other floating-point tensors; None leaves them as they are.
+        rest: dtype of all floating-point tensors that are not ternary; None leaves them as they are.
     """
 
     rest: torch.dtype | None = torch.bfloat16
@@ -40,16 +42,72 @@ class Layout(ABC):
         """
 
     @abstractmethod
-    def write(self, writer: SafetensorsWriter, source: TernaryCheckpoint, name: str, weight: Entry) -> None:
+    def write_layer(
+        self, writer: SafetensorsWriter, source: TernaryCheckpoint, name: str, weight: Entry
+    ) -> None:
         """Write these tensors of the layer ``name``.
 
         Raises:
             CheckpointError: what is stored is damaged, or the format cannot hold it.
         """
 
+    @abstractmethod
+    def config_of(self, source: TernaryCheckpoint) -> Mapping[str, Any]:
+        """The config.json to write.
 
-class WholeMatrices(Layout):
-    """A layout that is made of a matrix at a time."""
+        Raises:
+            CheckpointError: the format has no such models.
+        """
+
+    def write(
+        self,
+        source: TernaryCheckpoint,
+        dst: str | Path,
+        overwrite: bool = False,
+        check: Proof | None = None,
+    ) -> Path:
+        origin, target = source.folder.resolve(), Path(dst).resolve()
+        if target == origin or target in origin.parents:
+            raise CheckpointError(f"{dst} would replace its own source {source.folder}: name another folder")
+        for reason in self.refusals(source.config, source.companions):
+            raise CheckpointError(f"{source.folder}: {reason}")
+        config = self.config_of(source)
+        layers = {key: name for name, key in source.keys.items()}
+        announced = self._announced(source)
+        require_shapes(source)
+
+        with whole_folder(dst, overwrite) as work:
+            with one_thread(), SafetensorsWriter(work / SINGLE, announced) as writer:
+                for key, entry in source.entries.items():
+                    if key in layers:
+                        self.write_layer(writer, source, layers[key], entry)
+                    else:
+                        writer.write_blocks(key, source.blocks(key, self._stored_as(entry)))
+            write_json(work / "config.json", dict(config))
+            copy_companions(source.companions, work)
+            if check is not None:
+                check(work)
+        return Path(dst)
+
+    def _stored_as(self, entry: Entry) -> torch.dtype:
+        return self.rest if self.rest is not None and entry.dtype.is_floating_point else entry.dtype
+
+    def _announced(self, source: TernaryCheckpoint) -> list[Entry]:
+        ternary = set(source.keys.values())
+        announced: list[Entry] = []
+        for key, entry in source.entries.items():
+            if key not in ternary:
+                announced.append(Entry(key, self._stored_as(entry), entry.shape))
+                continue
+            try:
+                announced += self.entries(entry)
+            except ValueError as error:
+                raise CheckpointError(f"{source.folder}: '{key}' {error}") from error
+        return announced
+
+
+class MatrixFormat(FolderFormat):
+    """A folder format that is made of a matrix at a time."""
 
     @abstractmethod
     def tensors(self, weight: Entry, codes: Tensor, s: Tensor) -> list[Tensor]:
@@ -59,7 +117,9 @@ class WholeMatrices(Layout):
             ValueError: the format cannot hold them; says why.
         """
 
-    def write(self, writer: SafetensorsWriter, source: TernaryCheckpoint, name: str, weight: Entry) -> None:
+    def write_layer(
+        self, writer: SafetensorsWriter, source: TernaryCheckpoint, name: str, weight: Entry
+    ) -> None:
         codes, s = source.codes(name)
         require_scale(source, weight, s)
         if codes.numel() and (int(codes.amax()) > 1 or int(codes.amin()) < -1):
@@ -72,66 +132,57 @@ class WholeMatrices(Layout):
             writer.write(part.name, tensor)
 
 
-def rewrite(
-    source: TernaryCheckpoint,
-    dst: str | Path,
-    layout: Layout,
-    config: Mapping[str, Any],
-    overwrite: bool = False,
-    check: Callable[[Path], None] | None = None,
-) -> Path:
-    """Write a model's folder in another format.
-
-    Args:
-        source: the model.
-        dst: folder to make.
-        layout: the format.
-        config: its config.json.
-        overwrite: replace ``dst`` if it exists.
-        check: called with the finished folder before it gets its name; if it raises, nothing is left behind.
-
-    Returns:
-        ``dst``.
-
-    Raises:
-        CheckpointError: the source is damaged or does not fit the format, or the target exists.
-    """
-    origin, target = source.folder.resolve(), Path(dst).resolve()
-    if target == origin or target in origin.parents:
-        raise CheckpointError(f"{dst} would replace its own source {source.folder}: name another folder")
-    layers = {key: name for name, key in source.keys.items()}
-
-    def stored_as(entry: Entry) -> torch.dtype:
-        return layout.rest if layout.rest is not None and entry.dtype.is_floating_point else entry.dtype
-
-    announced: list[Entry] = []
-    for key, entry in source.entries.items():
-        if key not in layers:
-            announced.append(Entry(key, stored_as(entry), entry.shape))
-            continue
-        try:
-            announced += layout.entries(entry)
-        except ValueError as error:
-            raise CheckpointError(f"{source.folder}: '{key}' {error}") from error
-    require_shapes(source)
-
-    with whole_folder(dst, overwrite) as work:
-        with one_thread(), SafetensorsWriter(work / SINGLE, announced) as writer:
-            for key, entry in source.entries.items():
-                if key in layers:
-                    layout.write(writer, source, layers[key], entry)
-                else:
-                    writer.write_blocks(key, source.blocks(key, stored_as(entry)))
-        write_json(work / "config.json", dict(config))
-        copy_companions(source.companions, work)
-        if check is not None:
-            check(work)
-    return Path(dst)
-
-
 def require_scale(source: TernaryCheckpoint, weight: Entry, s: Tensor) -> None:
-    """Raise CheckpointError unless ``s``, bfloat16 (1,), is a number above 0."""
+    """Raise CheckpointError unless ``s`` is one scale, (1,), and a number above 0."""
+    if s.shape != (1,):
+        raise CheckpointError(
+            f"{source.folder}: '{weight.name}' has scales of shape {list(s.shape)}; one a matrix is written"
+        )
     if not bool(torch.isfinite(s)) or float(s) <= 0:
         raise CheckpointError(
             f"{source.folder}: '{weight.name}' holds a NaN or an Inf, or is damaged: scale {s.tolist()}"
         )
+
+
+def require_shapes(source: TernaryCheckpoint) -> None:
+    """Hold names and shapes of all tensors against config.json.
+
+    Raises:
+        CheckpointError: a tensor has another shape, or is missing.
+    """
+    model = _model_of(source.config)
+    if model is None:
+        return
+    config = source.companions / "config.json"
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key, entry in source.entries.items():
+        if key in parameters and entry.shape != (shape := tuple(parameters[key].shape)):
+            raise CheckpointError(
+                f"{source.folder}: '{key}' has shape {list(entry.shape)}, but by {config} it has "
+                f"{list(shape)}: weights and config are not of one model; put the config beside them that "
+                "they were saved with"
+            )
+    if not source.entries.keys() <= model.state_dict().keys():
+        return  # saved under other names
+    there = {id(parameters[key]) for key in source.entries if key in parameters}  # tied ones are one object
+    missing = [key for key, parameter in parameters.items() if id(parameter) not in there]
+    if missing:
+        raise CheckpointError(
+            f"{source.folder} has no '{missing[0]}', which a model of {config} has: save the model again"
+        )
+
+
+def _model_of(config: dict[str, Any]) -> nn.Module | None:
+    """The model on the meta device; None if transformers has no such class, or the config is not enough."""
+    import transformers
+
+    names = config.get("architectures") or [None]
+    kind = getattr(transformers, str(names[0]), None)
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        return None
+    described: Any = getattr(kind, "config_class", None)
+    try:
+        with torch.device("meta"):
+            return cast(nn.Module, kind(described.from_dict(config)))
+    except Exception:  # what a class makes of a config that is not whole is its own affair
+        return None

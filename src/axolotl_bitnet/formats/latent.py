@@ -4,20 +4,21 @@ model."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model.layer_plan import CONFIG_KEY, unfinished_ramp
 from ..run_folder import MERGED
-from ..storage.atomic import CheckpointError, read_json
+from ..storage.atomic import CheckpointError
 from ..storage.parallel import parallel_map, row_ranges
 from ..storage.safetensors_stream import CheckpointReader
 from ..ternary import abs_sum, absmean, codes_of, scale_of
 from .checkpoint import TernaryCheckpoint
-from .config_json import is_dense, read_plan
+from .config_json import read_config, read_plan, recognize
 
 
 class LatentCheckpoint(TernaryCheckpoint):
@@ -31,13 +32,15 @@ class LatentCheckpoint(TernaryCheckpoint):
             training ended on the way from a dense model (`bitnet.ramp_steps`).
     """
 
-    def __init__(self, folder: str | Path):
+    format = "latents"
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Any] | None = None):
         self.folder = Path(folder)
         merged = self.folder.resolve().name == MERGED and not (self.folder / "config.json").exists()
         self.companions = self.folder.resolve().parent if merged else self.folder
-        self.config = read_json(self.companions / "config.json")
+        self.config = read_config(self.companions, config)
         self.names = read_plan(self.config, self.companions / "config.json")
-        if is_dense(self.config):  # quantized as latents are, it would lose scale
+        if recognize(self.config).kind == "dense":  # quantized as latents are, it would lose scale
             raise CheckpointError(f"{self.folder} is a dense revert (codes / s), not latents")
         if problem := unfinished_ramp(self.config.get(CONFIG_KEY)):
             raise CheckpointError(f"{self.folder}: {problem}")

@@ -8,6 +8,7 @@ activations. Rows that are no multiple of 32 cannot be so cut: such a matrix is 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..storage.atomic import CheckpointError, read_json
+from ..storage.atomic import CheckpointError
 from ..storage.safetensors_stream import CheckpointReader, Entry
 from ..ternary import scale_of
 from .checkpoint import TernaryCheckpoint
-from .config_json import in_bfloat16, read_plan, with_rope_theta
+from .config_json import in_bfloat16, read_config, read_plan, with_rope_theta
 from .dense import magnitude_of, read_signs
-from .folder_writer import WholeMatrices
+from .folder_writer import MatrixFormat
+from .format import PROMPT, WayToRun
 
 GROUPS = (128, 64, 32)
 """Weights that share a scale, as MLX's kernels know them; the largest that divides the columns is used."""
 
 _PER_WORD = 16
-
-
-def refuse_architecture(config: Mapping[str, Any], where: str | Path) -> None:
-    """Raise CheckpointError if mlx-lm has no such layers in a config's architecture."""
-    if config.get("model_type") == "bitnet":
-        raise CheckpointError(
-            f"{where}: mlx-lm's `bitnet` architecture reads the packed layout only: use the packed folder"
-        )
 
 
 def group_size(columns: int) -> int | None:
@@ -64,7 +58,22 @@ def unpack_words(words: Tensor) -> Tensor:
     return codes.sub_(1)
 
 
-class MLXLayout(WholeMatrices):
+class MLXFormat(MatrixFormat):
+    def open(self, path: str | Path, config: Mapping[str, Any] | None = None) -> TernaryCheckpoint:
+        return MLXCheckpoint(path, config)
+
+    def ways_to_run(self, path: str) -> list[WayToRun]:
+        text = f'mlx_lm.generate --model {shlex.quote(path)} --prompt "{PROMPT}" --max-tokens 64'
+        return [WayToRun("MLX, in mlx-lm", "bash", text)]
+
+    def refusals(self, config: Mapping[str, Any], tokenizer: Path | None) -> list[str]:
+        if config.get("model_type") == "bitnet":
+            return ["mlx-lm's `bitnet` architecture reads the packed layout only: use the packed folder"]
+        return []
+
+    def config_of(self, source: TernaryCheckpoint) -> dict[str, Any]:
+        return mlx_config(source)
+
     def entries(self, weight: Entry) -> list[Entry]:
         rows, columns = weight.shape
         size = group_size(columns)
@@ -109,10 +118,12 @@ class MLXCheckpoint(TernaryCheckpoint):
             are not those of one ternary matrix.
     """
 
-    def __init__(self, folder: str | Path):
+    format = "mlx"
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Any] | None = None):
         self.folder = self.companions = Path(folder)
         path = self.folder / "config.json"
-        self.config = read_json(path)
+        self.config = read_config(self.folder, config)
         quantization = self.config.pop("quantization", None)
         if not isinstance(quantization, dict) or quantization.get("bits") != 2:
             raise CheckpointError(f"{path} is not that of an MLX model of 2 bits")
@@ -153,3 +164,6 @@ class MLXCheckpoint(TernaryCheckpoint):
 
     def tensor(self, key: str) -> Tensor:
         return self._reader.tensor(key)
+
+
+MLX = MLXFormat()

@@ -8,7 +8,7 @@ rows/4``, ``r + 2 rows/4`` and ``r + 3 rows/4`` at bits 0, 2, 4 and 6. Beside it
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,29 @@ from torch import Tensor
 
 from ..model.layer_plan import Plan
 from ..ops import ROWS_PER_BYTE, pack_codes, unpack_codes
-from ..storage.atomic import CheckpointError, read_json
+from ..storage.atomic import CheckpointError
 from ..storage.parallel import BLOCK, parallel_map, row_ranges
 from ..storage.safetensors_stream import CheckpointReader, Entry, SafetensorsWriter
 from .checkpoint import TernaryCheckpoint
-from .config_json import in_bfloat16, read_plan, with_rope_theta
-from .folder_writer import Layout, require_scale
+from .config_json import in_bfloat16, read_config, read_plan, recognize, with_rope_theta
+from .folder_writer import FolderFormat, require_scale
+from .format import WayToRun, in_transformers
 
 
-class PackedLayout(Layout):
+class PackedFormat(FolderFormat):
+    def open(self, path: str | Path, config: Mapping[str, Any] | None = None) -> TernaryCheckpoint:
+        return PackedCheckpoint(path, config)
+
+    def ways_to_run(self, path: str) -> list[WayToRun]:
+        note = (
+            "Transformers compiles its unpacking, which needs a C++ compiler; `TORCH_COMPILE_DISABLE=1` does "
+            "without."
+        )
+        return [in_transformers("Packed, in transformers", path, note)]
+
+    def config_of(self, source: TernaryCheckpoint) -> dict[str, Any]:
+        return packed_config(source.config, source.names)
+
     def entries(self, weight: Entry) -> list[Entry]:
         rows, columns = weight.shape
         if rows % ROWS_PER_BYTE:
@@ -35,7 +49,9 @@ class PackedLayout(Layout):
             Entry(f"{weight.name}_scale", torch.bfloat16, (1,)),
         ]
 
-    def write(self, writer: SafetensorsWriter, source: TernaryCheckpoint, name: str, weight: Entry) -> None:
+    def write_layer(
+        self, writer: SafetensorsWriter, source: TernaryCheckpoint, name: str, weight: Entry
+    ) -> None:
         rows_of, scale = source.code_rows(name)
         require_scale(source, weight, scale)
         writer.write_blocks(weight.name, _packed_blocks(rows_of, *weight.shape))
@@ -73,17 +89,19 @@ class PackedCheckpoint(TernaryCheckpoint):
         CheckpointError: the folder is not packed as :func:`pack_checkpoint` does it.
     """
 
-    def __init__(self, folder: str | Path):
+    format = "packed"
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Any] | None = None):
         self.folder = self.companions = Path(folder)
-        config = read_json(self.folder / "config.json")
-        quantization = config.pop("quantization_config", None) or {}
-        if quantization.get("quant_method") != "bitnet" or quantization.get("linear_class") != "bitlinear":
+        self.config = read_config(self.folder, config)
+        found = recognize(self.config)
+        if (found.method, found.linear_class) != ("bitnet", "bitlinear"):
             raise CheckpointError(
                 f"{self.folder / 'config.json'} is not a packed model's (quant_method bitnet, linear_class "
                 "bitlinear)"
             )
-        self.config = config
-        self.names = read_plan(config, self.folder / "config.json")
+        del self.config["quantization_config"]
+        self.names = read_plan(self.config, self.folder / "config.json")
         self._reader = CheckpointReader(self.folder)
         stored = self._reader.entries
         self.keys = {name: f"{self.names.stem(name, stored)}.weight" for name in self.names.converted}
@@ -119,3 +137,6 @@ def _exclusions(names: Plan) -> list[str]:
         catches = any(re.match(name, other) or other.endswith(name) for other in names.converted)
         entries.append(f"{re.escape(name)}$" if catches else name)
     return entries
+
+
+PACKED = PackedFormat()

@@ -7,21 +7,23 @@ magnitudes a matrix), but they train.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..model.layer_plan import CONFIG_KEY
 from ..storage.atomic import CheckpointError, read_json
 from ..storage.safetensors_stream import Entry
 from ..ternary import EPSILON, latents_of, scale_of
 from .checkpoint import TernaryCheckpoint
-from .folder_writer import WholeMatrices, rewrite
+from .config_json import recognize
+from .export import open_checkpoint
+from .folder_writer import MatrixFormat
+from .format import Proof, WayToRun
 from .latent import LatentCheckpoint
-from .third_party import open_foreign_dense
+from .third_party import open_unlisted
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ def restore_latents(
     src: str | Path,
     dst: str | Path,
     overwrite: bool = False,
-    check: Callable[[Path], None] | None = None,
+    check: Proof | None = None,
 ) -> Path:
     """Write latents, to train, from a model that is stored ternary.
 
@@ -55,36 +57,52 @@ def restore_latents(
     source = _open(Path(src))
     if isinstance(source, LatentCheckpoint):
         raise CheckpointError(f"{src} holds latents already: nothing to restore, train from it")
-    layout = _LatentLayout()
-    result = rewrite(source, dst, layout, _latent_config(source), overwrite, check)
-    if layout.moved:
+    written = Latents()
+    result = written.write(source, dst, overwrite, check)
+    if written.moved:
         _LOG.warning(
             "%s: latents cannot carry the scales of %d of %d matrices exactly; they got the nearest ones, at "
             "most %.2f %% away (%s)",
             src,
-            len(layout.moved),
+            len(written.moved),
             len(source.names.converted),
-            100 * max(layout.moved.values()),
-            ", ".join(list(layout.moved)[:3]) + (", ..." if len(layout.moved) > 3 else ""),
+            100 * max(written.moved.values()),
+            ", ".join(list(written.moved)[:3]) + (", ..." if len(written.moved) > 3 else ""),
         )
     return result
 
 
 def _open(path: Path) -> TernaryCheckpoint:
-    from .registry import open_checkpoint  # whose readers do not need this module
-
     if (path / "config.json").is_file():
         config = read_json(path / "config.json")
-        if not config.keys() & {CONFIG_KEY, "quantization_config", "quantization"}:
-            return open_foreign_dense(path)  # not for open_checkpoint: it reads the whole model to find out
+        if recognize(config).kind == "unlisted":
+            return open_unlisted(path, config)  # it reads all matrices, which open_checkpoint does not
     return open_checkpoint(path)
 
 
-class _LatentLayout(WholeMatrices):
+class Latents(MatrixFormat):
+    """Written, not exported to: it has no row in the registry.
+
+    Attributes:
+        moved: by weight, how far its scale had to move, relative.
+    """
+
     rest = None
 
     def __init__(self) -> None:
         self.moved: dict[str, float] = {}
+
+    def open(self, path: str | Path, config: Mapping[str, Any] | None = None) -> TernaryCheckpoint:
+        return LatentCheckpoint(path, config)
+
+    def ways_to_run(self, path: str) -> list[WayToRun]:
+        return []
+
+    def config_of(self, source: TernaryCheckpoint) -> dict[str, Any]:
+        """In the source's dtype, but for float16, whose range is too small for latents."""
+        dtype = source.config.get("dtype") or source.config.get("torch_dtype")
+        kept = {key: value for key, value in source.config.items() if key != "torch_dtype"}
+        return kept | {"dtype": "float32" if dtype in ("float16", "float32") else "bfloat16"}
 
     def entries(self, weight: Entry) -> list[Entry]:
         return [Entry(weight.name, torch.bfloat16, weight.shape)]
@@ -98,10 +116,3 @@ class _LatentLayout(WholeMatrices):
                 raise ValueError(f"all its codes are zero: no latents carry its scale {float(s):g}")
             return [codes.to(torch.bfloat16)]
         return [latents_of(codes, carried)]
-
-
-def _latent_config(source: TernaryCheckpoint) -> Mapping[str, Any]:
-    """In the source's dtype, but for float16, whose range is too small for latents."""
-    dtype = source.config.get("dtype") or source.config.get("torch_dtype")
-    kept = {key: value for key, value in source.config.items() if key != "torch_dtype"}
-    return kept | {"dtype": "float32" if dtype in ("float16", "float32") else "bfloat16"}

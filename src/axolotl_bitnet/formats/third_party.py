@@ -2,8 +2,7 @@
 
 **Packed** (`quant_method: bitnet`): the bytes are those of :mod:`.packed`. onebitllms (Falcon-E) and
 everything that names the class `bitlinear`, or none, divides by ``weight_scale``; Microsoft's `autobitlinear`
-multiplies, so that ``s = bf16(1 / weight_scale)``. A config of the architecture `bitnet` that names no class
-can only be Microsoft's: no other program packs its sub-norms. **Dense** (the "prequantized" Falcon3): one
+multiplies, so that ``s = bf16(1 / weight_scale)``. **Dense** (the "prequantized" Falcon3): one
 magnitude a matrix.
 
 Which layers are ternary, the stored tensors say; which others are linear, the architecture, built without
@@ -21,14 +20,14 @@ from torch import Tensor
 
 from ..model.layer_plan import CONFIG_KEY, ConversionError, Plan, plan_conversion
 from ..ops import ROWS_PER_BYTE, unpack_codes
-from ..storage.atomic import CheckpointError, read_json
+from ..storage.atomic import CheckpointError
 from ..storage.safetensors_stream import CheckpointReader, Entry
-from ..ternary import DEFINITION
 from .checkpoint import TernaryCheckpoint
+from .config_json import read_config, recognize
 from .dense import DenseCheckpoint, read_signs
 
 
-class ForeignPackedCheckpoint(TernaryCheckpoint):
+class ThirdPartyPackedCheckpoint(TernaryCheckpoint):
     """A folder that another program packed. Scales are read as bfloat16.
 
     Raises:
@@ -36,12 +35,13 @@ class ForeignPackedCheckpoint(TernaryCheckpoint):
             definition.
     """
 
-    def __init__(self, folder: str | Path):
+    format = "third-party"
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Any] | None = None):
         self.folder = self.companions = Path(folder)
         path = self.folder / "config.json"
-        config = read_json(path)
-        quantization = config.pop("quantization_config", None) or {}
-        self._multiplies = multiplies(quantization, config, path)
+        config = read_config(self.folder, config)
+        self._multiplies = multiplies(config, path)
         self._reader = CheckpointReader(self.folder)
         stored = self._reader.entries
         packed = [
@@ -88,14 +88,14 @@ class ForeignPackedCheckpoint(TernaryCheckpoint):
         return self._reader.tensor(key)
 
 
-def open_foreign_dense(folder: str | Path) -> DenseCheckpoint:
+def open_unlisted(folder: str | Path, config: Mapping[str, Any] | None = None) -> DenseCheckpoint:
     """A dense ternary folder whose config does not list its layers. Reads all its matrices to find them.
 
     Raises:
         CheckpointError: none of its matrices is ternary.
     """
     path = Path(folder) / "config.json"
-    config = read_json(path)
+    config = read_config(Path(folder), config)
     architecture = linear_layers(config, path)
     reader = CheckpointReader(folder)
     ternary = {
@@ -108,9 +108,8 @@ def open_foreign_dense(folder: str | Path) -> DenseCheckpoint:
             f"{folder} is not ternary: none of its {len(architecture.converted)} linear layers has a single "
             "magnitude. Latents need no restoring; a dense model becomes ternary by training"
         )
-    found = DenseCheckpoint(folder, split(architecture, ternary))
-    found.config = with_names(config, found.names)
-    return found
+    names = split(architecture, ternary)
+    return DenseCheckpoint(folder, names, with_names(config, names), reader)
 
 
 def linear_layers(config: Mapping[str, Any], path: Path) -> Plan:
@@ -143,30 +142,28 @@ def split(architecture: Plan, ternary: set[str]) -> Plan:
 
 
 def with_names(config: Mapping[str, Any], names: Plan) -> dict[str, Any]:
-    """A foreign config as training would have saved it. Code of a hub repository is not copied, and so not
-    named."""
+    """Another program's config as training would have saved it. Code of a hub repository is not copied, and
+    so not named."""
     kept = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    entry = {"definition": DEFINITION, "converted": names.converted, "dense": names.dense}
-    return kept | {CONFIG_KEY: entry}
+    return kept | {CONFIG_KEY: names.to_entry()}
 
 
-def multiplies(quantization: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> bool:
+def multiplies(config: Mapping[str, Any], path: Path) -> bool:
     """Whether a packed model's layers multiply by weight_scale, rather than divide.
 
     Raises:
         CheckpointError: they do neither, or more than that.
     """
-    if quantization.get("quant_method") != "bitnet":
+    found = recognize(config)
+    if found.method != "bitnet":
         raise CheckpointError(f"{path} is not a packed BitNet model's (quant_method bitnet)")
-    if quantization.get("use_rms_norm"):
+    if config["quantization_config"].get("use_rms_norm"):
         raise CheckpointError(f"{path}: use_rms_norm: its layers normalize inside, which no format here says")
-    microsoft = "autobitlinear" if config.get("model_type") == "bitnet" else "bitlinear"
-    kind = quantization.get("linear_class", microsoft)
-    if kind not in ("bitlinear", "autobitlinear"):
-        raise CheckpointError(f"{path} names an unknown linear_class '{kind}'")
-    if kind == "autobitlinear" and quantization.get("quantization_mode") == "online":
+    if found.linear_class not in ("bitlinear", "autobitlinear"):
+        raise CheckpointError(f"{path} names an unknown linear_class '{found.linear_class}'")
+    if found.kind == "online":
         raise CheckpointError(f"{path}: quantization_mode online: the weights are latents, ready to train")
-    return bool(kind == "autobitlinear")
+    return found.linear_class == "autobitlinear"
 
 
 def _is_matrix(entry: Entry | None) -> bool:

@@ -9,13 +9,13 @@ only one that packing and verification use.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from types import MethodType
 
 from torch import nn
 
 from ..layers.bitlinear import BitLinear
 from ..layers.fused_llama import fuse_layers
-from ..ternary import DEFINITION
 from .layer_plan import CONFIG_KEY, _is_auto_bitlinear, _saved_as, plan_conversion
 
 
@@ -49,8 +49,7 @@ def convert_to_bitlinear(
         fuse_layers(model)
     config = getattr(model, "config", None)
     if config is not None:
-        entry = {"definition": DEFINITION, "converted": list(plan.converted), "dense": list(plan.dense)}
-        setattr(config, CONFIG_KEY, entry | ({"saved_as": saved_as} if saved_as else {}))
+        setattr(config, CONFIG_KEY, replace(plan, saved_as=saved_as).to_entry())
     return plan.converted
 
 

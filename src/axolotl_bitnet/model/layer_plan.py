@@ -18,13 +18,19 @@ from torch import nn
 
 from ..layers.bitlinear import BitLinear
 from ..ops import ROWS_PER_BYTE
+from ..ternary import DEFINITION
 
 CONFIG_KEY = "axolotl_bitnet"
-"""Key of config.json under which a converted model lists its ternary and its dense linear layers."""
+"""Key of config.json under which a converted model lists its ternary and its dense linear layers: an entry
+as :meth:`Plan.to_entry` makes it. ``ramp`` and ``format`` are added to it where they say something."""
 
 
 RAMP_KEY = "ramp"
 """In that entry: lambda, while it is below 1 (:mod:`axolotl_bitnet.training.ramp`)."""
+
+
+FORMAT_KEY = "format"
+"""In that entry: how the ternary layers are stored, where nothing else in the config says it."""
 
 
 _HEADS = {"lm_head", "embed_out", "score", "classifier"}
@@ -48,6 +54,19 @@ class Plan:
     dense: list[str]
     saved_as: dict[str, str] = field(default_factory=dict)
     """Beginnings of converted names, and what the checkpoint's files call them, where the two differ."""
+
+    def to_entry(self) -> dict[str, Any]:
+        """Our entry in config.json: ``definition`` (version of the codes' definition), ``converted``,
+        ``dense``, and ``saved_as`` if there is any."""
+        entry = {"definition": DEFINITION, "converted": list(self.converted), "dense": list(self.dense)}
+        return entry | ({"saved_as": dict(self.saved_as)} if self.saved_as else {})
+
+    @classmethod
+    def from_entry(cls, entry: Any) -> Plan | None:
+        """The plan that an entry holds; None if it is none, or names no layer."""
+        if not isinstance(entry, dict) or not entry.get("converted"):
+            return None
+        return cls(list(entry["converted"]), list(entry.get("dense", [])), dict(entry.get("saved_as", {})))
 
     def stem(self, name: str, stored: Container[str]) -> str:
         """What a checkpoint whose tensors are ``stored`` calls a converted layer."""

@@ -9,12 +9,18 @@ would train dense.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..formats.registry import FORMATS
 from .refusals import fsdp_refusals, refusals
 from .upstream.falcon_fsdp import let_llama_falcons_shard as _let_llama_falcons_shard
+
+if TYPE_CHECKING:
+    ExportName = str
+else:
+    ExportName = Literal[tuple(FORMATS)]
 
 
 class BitNetConfig(BaseModel):
@@ -75,8 +81,8 @@ class BitNetConfig(BaseModel):
             "description": "Log flips, zeros, scale drift and oscillation of the codes, and warn."
         },
     )
-    export: list[Literal["packed", "gguf-tq2_0", "gguf-tq1_0", "dense", "mlx"]] = Field(
-        default_factory=lambda: ["packed"],  # type: ignore[arg-type]
+    export: list[ExportName] = Field(
+        default_factory=lambda: ["packed"],
         json_schema_extra={"description": "Artifacts made after training; [] for none."},
     )
     verify: bool = Field(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.latent import LatentCheckpoint
-from ..formats.registry import FOLDERS, FORMATS, Format
+from ..formats.registry import FOLDERS, FORMATS, Row
 from ..model.fingerprint import Fingerprint
 from ..run_folder import ASIDE as _ASIDE
 from ..run_folder import REPORT, RUN_FILE
@@ -95,11 +95,12 @@ def finish_run(
         if not report.ok:
             raise VerificationError(f"{kind}: {report.summary()}. The latents as saved are in {folder}")
 
-    def make(entry: Format) -> None:
+    def make(entry: Row) -> None:
         def prove(work: Path) -> None:
-            check(entry.open(work).fingerprint(), entry.name)
+            check(entry.format.open(work).fingerprint(), entry.name)
 
-        entry.write(folder, folder / entry.path, overwrite=True, check=prove if verify else None)
+        proof = prove if verify else None
+        entry.format.write(latents, folder / entry.path, overwrite=True, check=proof)
         verdicts.setdefault(entry.name, {"verified": None})
         verdicts[entry.name] |= {"path": entry.path, "bytes": weight_bytes(folder / entry.path)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-from ..formats.config_json import is_dense
-from ..model.layer_plan import CONFIG_KEY, ConversionError, plan_conversion
+from ..formats.config_json import recognize
+from ..formats.registry import FORMATS
+from ..model.layer_plan import ConversionError, plan_conversion
 from ..storage.atomic import CheckpointError, read_json
-from .exports import refuse_exports
 
 
 def check_base(cfg: Any, skip_modules: list[str], export: Sequence[str] = ()) -> None:
@@ -30,21 +30,42 @@ def check_base(cfg: Any, skip_modules: list[str], export: Sequence[str] = ()) ->
         raise ConversionError(
             "FSDP does not support the Falcon architecture (Falcon-E and Falcon3 are Llamas, and work)"
         )
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        entries = dict(quantization) if isinstance(quantization, Mapping) else quantization.to_dict()
-        online = (
-            entries.get("linear_class") == "autobitlinear" and entries.get("quantization_mode") == "online"
+    found = recognize(config.to_dict())
+    if found.kind in ("packed", "third-party", "quantized"):
+        raise ConversionError(
+            f"{cfg.base_model} is quantized already ({found.method}): training needs its latents. Take the "
+            "bf16 or 'prequantized' variant of the model"
         )
-        if entries.get("quant_method") != "bitnet" or not online:
-            raise ConversionError(
-                f"{cfg.base_model} is quantized already ({entries.get('quant_method')}): training needs its "
-                "latents. Take the bf16 or 'prequantized' variant of the model"
-            )
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         with torch.device("meta"):
             plan_conversion(AutoModelForCausalLM.from_config(config), skip_modules)
     refuse_exports(cfg, config, local_folder(cfg), export)
+
+
+def refuse_exports(cfg: Any, config: Any, folder: Path | None, export: Sequence[str]) -> None:
+    """Compare what `bitnet.export` asks for with what is known of the model.
+
+    Args:
+        cfg: Axolotl's config.
+        config: the base's, as transformers loads it.
+        folder: where the base's files are, if on this machine.
+        export: names of formats.
+
+    Raises:
+        ConversionError: one of them would fail after the training; says which, and why.
+    """
+    told = config.to_dict()
+    if cfg.reward_model or cfg.process_reward_model:
+        told["architectures"] = ["A reward model (ForSequenceClassification)"]
+    elif not told.get("architectures") and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        told["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    tokenizer = folder if (cfg.tokenizer_config or cfg.base_model) == cfg.base_model else None
+    for name in export:
+        for reason in FORMATS[name].format.refusals(told, tokenizer):
+            raise ConversionError(
+                f"`bitnet.export: [{name}]` would fail when {cfg.base_model} is trained: {reason}. "
+                "Take it out of `export`"
+            )
 
 
 def holds_latents(cfg: Any) -> bool:
@@ -55,7 +76,7 @@ def holds_latents(cfg: Any) -> bool:
         config = read_json(folder / "config.json") if folder is not None else {}
     except CheckpointError:
         return False  # Axolotl reports it better
-    return CONFIG_KEY in config and "quantization_config" not in config and not is_dense(config)
+    return recognize(config).kind == "latents"
 
 
 def local_folder(cfg: Any) -> Path | None:

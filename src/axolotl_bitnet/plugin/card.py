@@ -11,11 +11,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from ..formats.format import WayToRun
 from ..formats.registry import FORMATS
-from ..formats.usage import Usage, usages
-from ..run_folder import RUN_FILE
+from ..run_folder import CARD, RUN_FILE
 
-CARD = "README.md"
 _BEGIN, _END = "<!-- axolotl-bitnet: begin -->", "<!-- axolotl-bitnet: end -->"
 _OURS = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTALL)
 _TAGS = ("bitnet", "ternary", "1.58-bit")
@@ -61,7 +60,7 @@ def _section(output_dir: Path, artifacts: Sequence[str], repository: str | None)
         includes = " ".join(f"--include '{folder}/*'" for folder in folders)
         lines += ["", "```bash", f"hf download {repository} {includes} --local-dir {root}", "```"]
     for name in artifacts:
-        for way in usages(name, f"{root}/{FORMATS[name].path}"):
+        for way in FORMATS[name].format.ways_to_run(f"{root}/{FORMATS[name].path}"):
             lines += ["", *_way(way)]
     lines += [
         "",
@@ -76,6 +75,6 @@ def _section(output_dir: Path, artifacts: Sequence[str], repository: str | None)
     return "\n".join(lines)
 
 
-def _way(way: Usage) -> list[str]:
+def _way(way: WayToRun) -> list[str]:
     note = ["", way.note] if way.note else []
     return [f"### {way.title}", "", f"```{way.language}", way.text, "```", *note]

@@ -17,8 +17,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..formats.registry import FOLDERS
-from ..run_folder import RUN_FILE
-from .card import CARD
+from ..run_folder import CARD, RUN_FILE
 
 LOG = logging.getLogger("axolotl.bitnet")
 

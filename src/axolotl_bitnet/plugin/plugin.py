@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from axolotl.integrations.base import BasePlugin
 
+from ..formats.config_json import recognize
 from ..model.convert import convert_to_bitlinear
 from ..model.fingerprint import Fingerprint, fingerprint_model
 from ..model.layer_plan import CONFIG_KEY
@@ -50,6 +51,9 @@ from .upstream.trl_reference import (
     settle_reference,
 )
 from .upstream.trl_vllm import push_dense_ternary
+
+_TERNARY = ("latents", "dense")
+"""What a base can be that says it was trained ternary."""
 
 
 class BitNetPlugin(BasePlugin):
@@ -101,7 +105,8 @@ class BitNetPlugin(BasePlugin):
             return
         cfg.bitnet_hidden = None
         cfg.use_onebitllms = True
-        was_dense = not cfg.reinit_weights and not hasattr(model.config, CONFIG_KEY)
+        config: Any = model.config
+        was_dense = not cfg.reinit_weights and recognize(config.to_dict()).kind not in _TERNARY
         options = _options(cfg)
         names = convert_to_bitlinear(model, options.skip_modules, options.fuse, options.int8_grad)
         if self._resumed is not None:

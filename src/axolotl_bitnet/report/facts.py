@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from ..formats.usage import usages
+from ..formats.registry import FORMATS
 from ..storage.safetensors_stream import weight_bytes
 from .draw import show
 from .run_files import Run, number
@@ -194,8 +194,8 @@ def commands(run: Run) -> list[dict[str, str]]:
         if not isinstance(path, str) or entry.get("verified") is False:
             continue
         where = str(run.folder / path)
-        if ways := usages(str(name), where):
-            found += [{"title": way.title, "text": way.text} for way in ways]
+        if row := FORMATS.get(str(name)):
+            found += [{"title": way.title, "text": way.text} for way in row.format.ways_to_run(where)]
             check = f"axolotl bitnet verify {shlex.quote(where)}"
             found.append({"title": f"Is {name} still the model that trained?", "text": check})
     if run.bitnet:

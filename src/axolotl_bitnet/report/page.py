@@ -8,14 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..run_folder import REPORT
+from ..run_folder import PAGE, REPORT
 from ..storage.atomic import whole_folder
 from .charts import Chart, Grid, Series, charts, grids, others
 from .draw import COLOURS, png, show, svg
 from .facts import artifacts, commands, facts, summary, tiles, verdict
 from .run_files import Layer, ReportError, Run, read_run
 
-PAGE = "index.html"
 _NEEDED = {"jinja2": "jinja2", "matplotlib": "matplotlib", "yaml": "PyYAML"}
 
 

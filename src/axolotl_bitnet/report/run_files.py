@@ -8,12 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..run_folder import RUN_FILE, RUN_LOG, STATE
+from ..run_folder import CHECKPOINT, MONITOR_FILE, RUN_FILE, RUN_LOG, STATE
 from ..storage.atomic import CheckpointError, read_json
 from ..storage.trainer_checkpoint import checkpoints
 from .record import redact
-
-MONITOR = "monitor.json"
 
 
 class ReportError(ValueError):
@@ -85,7 +83,7 @@ def read_run(output_dir: str | Path) -> Run:
     _read_log(run)
     if not (run.record or run.bitnet or run.log):
         raise ReportError(
-            f"{run.folder} holds no run: none of {RUN_LOG}, {RUN_FILE}, {STATE} or checkpoint-*/{STATE} "
+            f"{run.folder} holds no run: none of {RUN_LOG}, {RUN_FILE}, {STATE} or {CHECKPOINT}*/{STATE} "
             "is in it. Name the output_dir of a run"
         )
     _read_layers(run)
@@ -145,12 +143,12 @@ def _read_layers(run: Run) -> None:
         zeros = number(_mapping(entry).get("zeros"))
         layer.zeros = zeros / layer.weights if zeros is not None and layer.weights else None
         layer.scale = number(_mapping(entry).get("scale"))
-    if not (run.folder / MONITOR).exists():
+    if not (run.folder / MONITOR_FILE).exists():
         return
-    if not _belongs(run.folder / MONITOR, run.record):
-        run.notes.append(f"{MONITOR} is an earlier run's: how each layer moved is not known.")
+    if not _belongs(run.folder / MONITOR_FILE, run.record):
+        run.notes.append(f"{MONITOR_FILE} is an earlier run's: how each layer moved is not known.")
         return
-    monitor = _read(run, MONITOR, "how each layer moved is not known")
+    monitor = _read(run, MONITOR_FILE, "how each layer moved is not known")
     for name, entry in _mapping(monitor.get("layers")).items():
         layer = run.layers.setdefault(name, Layer(name))
         seen = {key: number(value) for key, value in _mapping(entry).items()}

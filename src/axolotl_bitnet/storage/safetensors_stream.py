@@ -87,11 +87,7 @@ class CheckpointReader:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        places: dict[str, _Place] = {}
-        for path, names in _locate(self.folder).items():
-            header, start = _header(path)
-            places |= {name: _place(path, start, name, header[name]) for name in names}
-        self._places = dict(sorted(places.items()))
+        self._places = dict(sorted(_locate(self.folder).items()))
         self.entries = {name: place.entry for name, place in self._places.items()}
 
     def tensor(self, name: str) -> Tensor:
@@ -210,7 +206,7 @@ def _bytes(tensor: Tensor) -> bytes | memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
+def _places_in(path: Path) -> dict[str, _Place]:
     """A file's tensors as its header lists them, and where their bytes begin."""
     with _open(path):
         pass  # the package holds the header against the file's size, and positions against one another
@@ -218,7 +214,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length), object_pairs_hook=lambda pairs: _unique(pairs, path))
     header.pop("__metadata__", None)
-    return header, 8 + length
+    return {name: _place(path, 8 + length, name, described) for name, described in header.items()}
 
 
 def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
@@ -250,44 +246,44 @@ def _read(place: _Place, start: int, stop: int) -> Tensor:
     return flat
 
 
-def _locate(folder: Path) -> dict[Path, set[str]]:
-    """The files, and which tensors to take from each."""
+def _locate(folder: Path) -> dict[str, _Place]:
+    """The tensors of a folder. Each file's header is read once."""
     index, single = folder / INDEX, folder / SINGLE
     if index.exists():
         return _locate_by_index(folder, index)
     if single.exists():
-        return {single: set(_header(single)[0])}
+        return _places_in(single)
     other = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
     hint = f" ({', '.join(other)} is pickle and not read: save it as safetensors)" if other else ""
     raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}{hint}")
 
 
-def _locate_by_index(folder: Path, index: Path) -> dict[Path, set[str]]:
+def _locate_by_index(folder: Path, index: Path) -> dict[str, _Place]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is damaged: it has no weight_map of tensors and files")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index} names '{name}', which is not a safetensors file of this folder")
-    found: dict[Path, set[str]] = {}
+    found: dict[str, _Place] = {}
     seen: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder / shard} is missing: the index names it")
-        inside = set(_header(folder / shard)[0])
+        inside = _places_in(folder / shard)
         promised = {name for name, place in weight_map.items() if place == shard}
-        if missing := promised - inside:
+        if missing := promised - inside.keys():
             raise CheckpointError(
                 f"{folder / shard} lacks the tensor '{min(missing)}', which {INDEX} places there"
             )
-        if twice := inside & seen.keys():
+        if twice := inside.keys() & seen.keys():
             name = min(twice)
             raise CheckpointError(
                 f"{folder / shard} holds '{name}', and so does {seen[name]}: which of them counts nobody can "
                 "tell. Save the model again, into an empty folder"
             )
         seen |= dict.fromkeys(inside, shard)
-        found[folder / shard] = promised
+        found |= {name: inside[name] for name in promised}
     return found
 
 

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..run_folder import STATE
+from ..run_folder import CHECKPOINT, STATE
 from .atomic import CheckpointError, read_json
 from .safetensors_stream import INDEX, SINGLE, CheckpointReader
 
-_FOLDER = re.compile(r"checkpoint-(\d+)")
+_FOLDER = re.compile(rf"{CHECKPOINT}(\d+)")
 _SHARDED = {"pytorch_model_fsdp_0": "weights", "optimizer_0": "optimizer"}
 _METADATA = ".metadata"
 _FULL_MODEL = "pytorch_model_fsdp.bin"
@@ -28,7 +28,7 @@ _FULL_MODEL = "pytorch_model_fsdp.bin"
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The `checkpoint-N` folders of a run, the latest step first."""
     folder = Path(output_dir)
-    numbered = [(m, path) for path in folder.glob("checkpoint-*") if (m := _FOLDER.fullmatch(path.name))]
+    numbered = [(m, path) for path in folder.glob(f"{CHECKPOINT}*") if (m := _FOLDER.fullmatch(path.name))]
     return [path for _, path in sorted(numbered, key=lambda pair: int(pair[0][1]), reverse=True)]
 
 

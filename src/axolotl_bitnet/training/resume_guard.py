@@ -10,6 +10,7 @@ from typing import Any
 
 import transformers
 
+from ..run_folder import CHECKPOINT
 from ..storage.trainer_checkpoint import forget
 
 
@@ -25,7 +26,7 @@ def guard(trainer: Any) -> None:
 
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
         if trainer.args.should_save:
-            forget(Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}")
+            forget(Path(trainer.args.output_dir) / f"{CHECKPOINT}{trainer.state.global_step}")
         return save(*args, **kwargs)
 
     def run_epoch_if_any(*args: Any, **kwargs: Any) -> Any:

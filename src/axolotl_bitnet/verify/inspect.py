@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ..formats.checkpoint import TernaryCheckpoint
-from ..formats.config_json import read_plan
-from ..formats.gguf.blocks import BLOCK, BLOCK_BYTES
+from ..formats.config_json import read_plan, recognize
+from ..formats.export import open_checkpoint
 from ..formats.gguf.reader import GGUFCheckpoint
-from ..formats.registry import FORMATS, format_of, open_checkpoint
+from ..formats.registry import FORMATS
 from ..formats.third_party import multiplies
 from ..model.convert import convert_to_bitlinear
 from ..model.layer_plan import CONFIG_KEY, ConversionError, Plan
@@ -26,7 +26,6 @@ from ..storage.progress import begin
 from ..storage.safetensors_stream import CheckpointReader, Entry
 from .measure import Layer, measure, ternary_layer
 
-_GGUF_BITS = {"F16": 16.0} | {name.upper(): size * 8 / BLOCK for name, size in BLOCK_BYTES.items()}
 _NOT_LINEAR = ("lm_head", "embed_out", "score", "classifier", "embed")
 
 
@@ -71,7 +70,7 @@ def inspect(path: str | Path) -> Inspection:
     """
     path = Path(path)
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
-    if config is None or isinstance(config.get("quantization"), dict):
+    if config is None or recognize(config).kind == "mlx":
         return _artifact(path, open_checkpoint(path))
     reader = CheckpointReader(path)
     if any(entry.dtype == torch.uint8 for entry in reader.entries.values()):
@@ -81,8 +80,8 @@ def inspect(path: str | Path) -> Inspection:
 
 def _artifact(path: Path, checkpoint: TernaryCheckpoint) -> Inspection:
     """A format that only this package's readers know."""
-    kind = format_of(checkpoint)
-    detail = FORMATS[kind].title
+    kind = checkpoint.format
+    detail = FORMATS[kind].title if kind in FORMATS else ""
     ternary = set(checkpoint.keys.values())
     size = _size(checkpoint.folder)
     rest = sum(entry.nbytes for key, entry in checkpoint.entries.items() if key not in ternary)
@@ -92,7 +91,7 @@ def _artifact(path: Path, checkpoint: TernaryCheckpoint) -> Inspection:
         kinds = {key: checkpoint.kind(key) for key in sorted(ternary)}
         kind, detail = "GGUF", ", ".join(sorted(set(kinds.values())))
         detail += ", by axolotl-bitnet" if checkpoint.whole_config else ""
-        bits = {key: _GGUF_BITS[name] for key, name in kinds.items()}
+        bits = {key: checkpoint.bits(key) for key in kinds}
     layers = []
     for name in _told(checkpoint.names.converted, lambda name: checkpoint.entries[checkpoint.keys[name]]):
         layers.append(ternary_layer(name, bits[checkpoint.keys[name]], *checkpoint.codes(name)))
@@ -103,22 +102,20 @@ def _artifact(path: Path, checkpoint: TernaryCheckpoint) -> Inspection:
 
 def _packed(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> Inspection:
     """uint8 matrices with a weight_scale each, by which some layers divide and others multiply."""
-    method = config.get("quantization_config")
-    method = method if isinstance(method, dict) else {}
-    if method.get("quant_method") != "bitnet":
+    found = recognize(config)
+    if found.method != "bitnet":
         raise CheckpointError(
-            f"{path} holds uint8 matrices of the quantization '{method.get('quant_method')}', which is not "
-            "BitNet's"
+            f"{path} holds uint8 matrices of the quantization '{found.method}', which is not BitNet's"
         )
     refused = [
         "training: it is packed to 2 bits, and training needs latents; `axolotl bitnet restore` makes them"
     ]
     try:
-        autobitlinear = multiplies(method, config, path / "config.json")
+        autobitlinear = multiplies(config, path / "config.json")
     except CheckpointError as error:
-        autobitlinear = method.get("linear_class") == "autobitlinear"
+        autobitlinear = found.linear_class == "autobitlinear"
         refused.append(f"restoring: {error}")
-    ours = CONFIG_KEY in config and not autobitlinear
+    ours = found.kind == "packed" and not autobitlinear
     detail = (
         "transformers' autobitlinear: multiplies by weight_scale"
         if autobitlinear
@@ -141,10 +138,9 @@ def _floating(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> I
     """Matrices of floating point: latents, dense ternary or plain."""
     entries = reader.entries
     plan, told, refused = _plan(path, config, entries)
-    method = config.get("quantization_config")
-    online = isinstance(method, dict) and method.get("quantization_mode") == "online"
-    if isinstance(method, dict) and not online:
-        refused.append(f"training: it is quantized already ({method.get('quant_method')})")
+    found = recognize(config)
+    if found.kind in ("packed", "third-party", "quantized"):
+        refused.append(f"training: it is quantized already ({found.method})")
     keys = {f"{plan.stem(name, entries)}.weight": name for name in plan.converted}
     keys = {
         key: name
@@ -158,7 +154,7 @@ def _floating(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> I
     broken = [layer.name for layer in layers if layer.change != layer.change]
     if broken:
         refused.append(f"training and packing: NaN or Inf in {_some(broken)}")
-    kind, detail = _kind_of(layers, CONFIG_KEY in config)
+    kind, detail = _kind_of(layers, found.kind in ("latents", "dense"))
     for layer in layers:
         if layer.shape[0] % ROWS_PER_BYTE:
             refused.append(

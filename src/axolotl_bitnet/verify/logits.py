@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.checkpoint import TernaryCheckpoint
-from ..formats.registry import format_of
 from ..model.convert import convert_to_bitlinear
 from ..ternary import dequantize
 from .report import Check
@@ -57,7 +56,7 @@ def compare_running(
     artifact: TernaryCheckpoint, reference: TernaryCheckpoint, prompts: Sequence[str]
 ) -> Iterator[Check]:
     """Logits and greedy tokens of an artifact against the trained model's."""
-    kind, trained = format_of(artifact), format_of(reference)
+    kind, trained = artifact.format, reference.format
     if trained not in ("latents", "packed"):
         yield Check("running", f"{reference.folder} is {trained}, not the trained model", done=False)
         return

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..formats.checkpoint import TernaryCheckpoint
+from ..formats.export import open_checkpoint
 from ..formats.latent import LatentCheckpoint
-from ..formats.registry import open_checkpoint
 from ..model.fingerprint import Fingerprint
 from ..run_folder import RUN_FILE
 from ..storage.atomic import CheckpointError, read_json

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from ...storage.atomic import CheckpointError
 from ...storage.safetensors_stream import Entry
 from ..checkpoint import TernaryCheckpoint
 from ..config_json import read_plan
+from ..registry import FORMATS
 from . import architecture as llama
-from .blocks import BLOCK_BYTES, decode_blocks, scale_from_fp16
 from .header import Header, read_header
 from .library import library
 from .metadata import rebuild_config
+from .ternary_type import TernaryType, scale_from_fp16
 
 CONFIG = "axolotl_bitnet.config"
 """Metadata key of the trained model's config.json."""
@@ -28,11 +29,17 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ROWS = 1 << 22  # elements decoded at a time
 
 
+def ternary_types() -> dict[str, TernaryType]:
+    """The types of the formats in the registry, by llama.cpp's names of them."""
+    found = [row.format.type for row in FORMATS.values() if row.folder == "gguf"]  # type: ignore[attr-defined]
+    return {type.name.upper(): type for type in found}
+
+
 class GGUFCheckpoint(TernaryCheckpoint):
     """A GGUF file of a ternary model, read tensor by tensor.
 
     Files written here carry the trained model's config. Of others it is rebuilt from the metadata, as far as
-    llama.cpp keeps it, and the ternary layers are those stored as TQ1_0 or TQ2_0 with one scale a tensor.
+    llama.cpp keeps it, and the ternary layers are those stored as a ternary type with one scale a tensor.
 
     ``folder`` is the file, ``companions`` the folder that it lies in. Others' files have no whole config.
 
@@ -43,8 +50,11 @@ class GGUFCheckpoint(TernaryCheckpoint):
 
     def __init__(self, file: str | Path):
         gguf = library()
+        self._types = ternary_types()
         sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+        sizes |= {type.number: (type.block, type.nbytes) for type in self._types.values()}
         self._kinds = {int(kind): kind.name for kind in gguf.GGMLQuantizationType}
+        self._kinds |= {type.number: name for name, type in self._types.items()}
         self.folder = Path(file)
         self.companions = self.folder.parent
         self._header = read_header(self.folder, sizes)
@@ -70,14 +80,16 @@ class GGUFCheckpoint(TernaryCheckpoint):
         self._names = dict(sorted(names.items()))
         if embedded is None:
             self.names = self._plan()
-            self.config[CONFIG_KEY] = {"converted": self.names.converted, "dense": self.names.dense}
+            self.config[CONFIG_KEY] = self.names.to_entry()
         else:
             self.names = read_plan(embedded, file)
         self.keys = {name: f"{self.names.stem(name, self._names)}.weight" for name in self.names.converted}
         for name, key in self.keys.items():
-            if key not in self._names or self.kind(key).lower() not in (*BLOCK_BYTES, "f16"):
+            if key not in self._names or self.kind(key) not in (*self._types, "F16"):
                 raise CheckpointError(f"{file}: layer '{name}' is not stored as ternary codes")
         ternary = set(self.keys.values())
+        stored_as = {self.kind(key).lower() for key in ternary} - {"f16"}
+        self.format = f"gguf-{min(stored_as)}" if stored_as else "gguf"
         self.entries = {
             key: Entry(
                 key,
@@ -89,7 +101,7 @@ class GGUFCheckpoint(TernaryCheckpoint):
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         key = self.keys[name]
-        kind, shape = self.kind(key).lower(), self.entries[key].shape
+        decode, shape = self._decoder(key), self.entries[key].shape
         data = torch.from_numpy(self._header.read(self._names[key]))
         codes = torch.empty(shape, dtype=torch.int8)
         order = llama.row_order(self._architecture, self._shape, key)
@@ -98,11 +110,15 @@ class GGUFCheckpoint(TernaryCheckpoint):
         scales = []
         try:
             for rows, some in zip(order.split(step), data.split(step), strict=True):
-                codes[rows], d = _decode_f16(some) if kind == "f16" else decode_blocks(some, kind)
+                codes[rows], d = decode(some)
                 scales.append(d[d != 0])
             return codes, scale_from_fp16(_the_one(torch.cat(scales)))
         except ValueError as error:
             raise CheckpointError(f"{self.folder}: '{self._names[key]}' is not ternary: {error}") from None
+
+    def _decoder(self, key: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        kind = self.kind(key)
+        return self._types[kind].decode if kind in self._types else _decode_f16
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -143,12 +159,19 @@ class GGUFCheckpoint(TernaryCheckpoint):
         """llama.cpp's name of a tensor's type: "TQ2_0", "F32", ..."""
         return self._kinds[self._header.tensors[self._names[key]].kind]
 
+    def bits(self, key: str) -> float:
+        """Stored bits a weight of a ternary tensor."""
+        type = self._types.get(self.kind(key))
+        return type.nbytes * 8 / type.block if type is not None else 16.0
+
     def _plan(self) -> Plan:
         """Which layers of a file from elsewhere are ternary: those that are stored so."""
         stems = [key.removesuffix(".weight") for key in self._names if key.endswith("proj.weight")]
-        converted = [stem for stem in stems if self.kind(f"{stem}.weight").lower() in BLOCK_BYTES]
+        converted = [stem for stem in stems if self.kind(f"{stem}.weight") in self._types]
         if not converted:
-            raise CheckpointError(f"{self.folder} holds no ternary layers (TQ1_0 or TQ2_0)")
+            raise CheckpointError(
+                f"{self.folder} holds no ternary layers ({' or '.join(sorted(self._types))})"
+            )
         return Plan(converted, [stem for stem in stems if stem not in converted] + ["lm_head"])
 
 

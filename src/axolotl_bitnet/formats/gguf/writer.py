@@ -3,7 +3,7 @@
 Ternary layers are TQ2_0 (2.06 bits a weight) or TQ1_0 (1.69), with the fp16 reciprocal of the scale that
 trained in every block; norms and biases are float32, as llama.cpp wants them; everything else is bfloat16,
 unless asked otherwise. Nothing is quantized again, so the codes in the file are the trained ones, and so is s
-(:mod:`.gguf_blocks`). The config of the trained model lies in the metadata: files written here are read back
+(:mod:`.ternary_type`). The config of the trained model lies in the metadata: files written here are read back
 whole.
 """
 
@@ -25,18 +25,15 @@ from ...storage.parallel import one_thread
 from ...storage.progress import begin
 from ..checkpoint import TernaryCheckpoint
 from . import architecture as llama
-from .blocks import BLOCK, encode_blocks, scale_to_fp16
 from .library import library
 from .metadata import metadata_of, rope_factors
-from .reader import CONFIG, GGUFCheckpoint
+from .reader import CONFIG
+from .ternary_type import TernaryType, scale_to_fp16
 from .tokenizer import Vocabulary, read_vocabulary
 
 LOG = logging.getLogger(__name__)
-TYPES = ("tq2_0", "tq1_0")
 EMBEDDINGS = ("bf16", "f16", "q8_0")
 _ELEMENTS = 1 << 22  # converted at a time
-
-__all__ = ["EMBEDDINGS", "TYPES", "GGUFCheckpoint", "write_gguf"]
 
 
 @dataclass(frozen=True)
@@ -53,18 +50,15 @@ class _Part:
 def write_gguf(
     source: TernaryCheckpoint,
     target: Path,
-    type: str = "tq2_0",
-    overwrite: bool = False,
-    check: Callable[[Path], None] | None = None,
-    embeddings: str = "bf16",
+    type: TernaryType,
+    embeddings: str,
+    overwrite: bool,
+    check: Callable[[Path], None] | None,
 ) -> None:
     """Write an opened model as one GGUF file; :func:`axolotl_bitnet.formats.export.export_gguf` says more."""
     library()
-    if type not in TYPES or embeddings not in EMBEDDINGS:
-        raise CheckpointError(
-            f"type '{type}' with embeddings '{embeddings}': types are {', '.join(TYPES)}, embeddings "
-            f"{', '.join(EMBEDDINGS)}"
-        )
+    if embeddings not in EMBEDDINGS:
+        raise CheckpointError(f"embeddings '{embeddings}': the types are {', '.join(EMBEDDINGS)}")
     if target.resolve() == source.folder.resolve():
         raise CheckpointError(f"{target} would replace what it is written from: name another file")
     architecture = llama.architecture_of(source.config)
@@ -78,7 +72,7 @@ def write_gguf(
 
 
 def _plan(
-    source: TernaryCheckpoint, architecture: llama.Architecture, type: str, embeddings: str
+    source: TernaryCheckpoint, architecture: llama.Architecture, type: TernaryType, embeddings: str
 ) -> list[_Part]:
     """What to write, in transformers' order.
 
@@ -104,8 +98,8 @@ def _plan(
             )
         kind = "bf16"
         if key in layers:
-            kind = type if shape[1] % BLOCK == 0 else "f16"
-            as_f16 += [] if kind == type else [key]
+            kind = type.name if shape[1] % type.block == 0 else "f16"
+            as_f16 += [key] if kind == "f16" else []
         elif len(shape) == 1:
             kind = "f32"
         elif key in (llama.EMBEDDING, llama.HEAD):
@@ -120,7 +114,7 @@ def _plan(
         LOG.warning(
             "%d ternary layers have rows that are no multiple of %d and are written as F16, exact but not "
             "small: %s",
-            *(len(as_f16), BLOCK, ", ".join(as_f16[:4]) + (", ..." if len(as_f16) > 4 else "")),
+            *(len(as_f16), type.block, ", ".join(as_f16[:4]) + (", ..." if len(as_f16) > 4 else "")),
         )
     return parts
 
@@ -132,13 +126,13 @@ def _write(
     parts: list[_Part],
     metadata: dict[str, int | float | str],
     vocabulary: Vocabulary,
-    type: str,
+    type: TernaryType,
 ) -> None:
     gguf = library()
     writer = gguf.GGUFWriter(path, architecture.ggml)
     writer.add_type("model")
     writer.add_name(source.companions.resolve().name)  # of the path no more, for the file travels
-    writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{type.upper()}"))
+    writer.add_file_type(type.file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in metadata.items():
         _add(writer, key, value)
@@ -150,13 +144,16 @@ def _write(
         writer.add_tensor_info(llama.ROPE_FREQS, shape, np.dtype(np.float32), factors.nbytes)
     total = 0
     for part in parts:
-        kind = getattr(gguf.GGMLQuantizationType, part.kind.upper())
-        elements, size = gguf.GGML_QUANT_SIZES[kind]
+        if part.kind == type.name:  # which the package may not know
+            kind, elements, size = type.number, type.block, type.nbytes
+        else:
+            kind = getattr(gguf.GGMLQuantizationType, part.kind.upper())
+            elements, size = gguf.GGML_QUANT_SIZES[kind]
         nbytes = int(np.prod(part.shape)) // elements * size
         writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
         total += nbytes
     require_space(path.parent, total)
-    advance = begin(f"writing {type.upper()}", total)
+    advance = begin(f"writing {type.name.upper()}", total)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -164,14 +161,16 @@ def _write(
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
         for part in parts:
-            stored = _stored(source, architecture, part)
+            stored = _stored(source, architecture, part, type)
             writer.write_tensor_data(stored)
             advance(stored.nbytes)
     finally:
         writer.close()
 
 
-def _stored(source: TernaryCheckpoint, architecture: llama.Architecture, part: _Part) -> np.ndarray[Any, Any]:
+def _stored(
+    source: TernaryCheckpoint, architecture: llama.Architecture, part: _Part, type: TernaryType
+) -> np.ndarray[Any, Any]:
     """A tensor as bytes, uint8, in the order of rows that llama.cpp expects."""
     order = llama.row_order(architecture, llama.shape_of(source.config), part.key)
     if part.layer is None:
@@ -193,7 +192,7 @@ def _stored(source: TernaryCheckpoint, architecture: llama.Architecture, part: _
     blocks = []
     for some in order.split(max(1, _ELEMENTS // codes.shape[1])):
         block = codes[some]
-        stored = block * d if part.kind == "f16" else encode_blocks(block, d, part.kind)
+        stored = block * d if part.kind == "f16" else type.encode(block, d)
         blocks.append(stored.view(torch.uint8))
     return torch.cat(blocks).numpy()
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...formats.config_json import recognize
 from ...layers.bitlinear import BitLinear
 from ...model.layer_plan import CONFIG_KEY
 
@@ -74,11 +75,7 @@ def refuse_dense_judges(trainer: Any) -> None:
     """
     for judge in getattr(trainer, "reward_funcs", None) or []:
         config: Any = getattr(judge, "config", None)
-        if (
-            isinstance(judge, nn.Module)
-            and hasattr(config, CONFIG_KEY)
-            and not hasattr(config, "quantization_config")
-        ):
+        if isinstance(judge, nn.Module) and config and recognize(config.to_dict()).kind == "latents":
             raise ValueError(
                 f"`trl.reward_funcs`: {config.name_or_path} holds the latents of a ternary reward model, and "
                 "TRL computes them as dense weights. Name its packed/ folder instead"

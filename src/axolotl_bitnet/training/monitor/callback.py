@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ...layers.bitlinear import BitLinear
-from ...run_folder import MONITOR_FILE
+from ...run_folder import CHECKPOINT, MONITOR_FILE
 from .figures import Observation, observe
 from .sampling import Unwatchable
 from .start_codes import load_start, save_start
@@ -79,7 +79,7 @@ class Monitor(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.seen is not None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder = Path(args.output_dir) / f"{CHECKPOINT}{state.global_step}"
             if folder.is_dir():
                 save_start(folder, self.seen)
             _write(Path(args.output_dir), self.seen, state.global_step)

@@ -1,10 +1,7 @@
-"""Ternary codes as llama.cpp's TQ2_0 and TQ1_0 blocks, and back.
+"""Ternary codes as llama.cpp's TQ2_0 and TQ1_0 blocks, and back: the ternary types that are quick on CPUs.
 
-A block holds 256 codes of a row, plus one (0, 1, 2), and last an fp16 scale ``d`` by which llama.cpp
-multiplies: ``d = fp16(1 / s)``, the same in every block of a tensor. ``s`` comes back as ``bf16(1 / d)``:
-fp16 has three bits more than bfloat16, and where it has fewer (below 2^-14, a mean weight of 6e-5) the inner
-rounding of ``s = bf16(1 / bf16(g))`` makes up for it. That holds for every s of the definition whose g fp16
-can hold, that is up to 65504.
+A block holds 256 codes of a row, plus one (0, 1, 2), and last the fp16 scale ``d`` of
+:mod:`.ternary_type`.
 
 TQ2_0 (66 bytes): two groups of 128 codes; byte m of a group holds codes m, m + 32, m + 64 and m + 96 at bits
 0, 2, 4 and 6.
@@ -15,32 +12,17 @@ stored as ``ceil(number * 256 / 243)``, so that a multiplication by 3 shifts the
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from .format import GGUFFormat
+from .ternary_type import TernaryType
 
 BLOCK = 256
 BLOCK_BYTES = {"tq2_0": 66, "tq1_0": 54}
 _SPANS = ((0, 160, 5, 32), (160, 240, 5, 16), (240, 256, 4, 4))  # of TQ1_0: codes from, to; digits; bytes
-
-
-def scale_to_fp16(s: Tensor) -> Tensor:
-    """``d = fp16(1 / s)``, float16 (1,).
-
-    Args:
-        s: bfloat16 (1,), finite and positive.
-
-    Raises:
-        ValueError: fp16 cannot hold it, so that ``s`` would not come back.
-    """
-    d = s.to(torch.float32).reciprocal().to(torch.float16)
-    if not 0 < float(d) < float("inf") or not torch.equal(scale_from_fp16(d), s):
-        raise ValueError(f"the scale {float(s):g} has no fp16 reciprocal that gives it back")
-    return d
-
-
-def scale_from_fp16(d: Tensor) -> Tensor:
-    """``s = bf16(1 / d)``, bfloat16."""
-    return d.to(torch.float32).reciprocal().to(torch.bfloat16)
 
 
 def encode_blocks(codes: Tensor, d: Tensor, kind: str) -> Tensor:
@@ -105,3 +87,19 @@ def decode_blocks(packed: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         parts.append((shifted.to(torch.int16) * 3 >> 8).to(torch.int8).flatten(-2))
         at += width
     return torch.cat(parts, dim=-1).reshape(rows, -1) - 1, d
+
+
+TQ2_0, TQ1_0 = (
+    GGUFFormat(
+        TernaryType(
+            name,
+            number,
+            file_type,
+            BLOCK,
+            BLOCK_BYTES[name],
+            partial(encode_blocks, kind=name),
+            partial(decode_blocks, kind=name),
+        )
+    )
+    for name, number, file_type in (("tq2_0", 35, 37), ("tq1_0", 34, 36))
+)

@@ -82,7 +82,9 @@ def test_config_command_line_and_card_know_the_same_formats() -> None:
     (choices,) = get_args(BitNetConfig.model_fields["export"].annotation)
     assert list(get_args(choices)) == list(FORMATS)
     assert all(row.format.ways_to_run("some/path") for row in FORMATS.values())
-    assert {entry.command.split()[0] for entry in FORMATS.values()} <= set(main.list_commands(click.Context(main)))
+    assert {entry.command.split()[0] for entry in FORMATS.values()} <= set(
+        main.list_commands(click.Context(main))
+    )
     assert FOLDERS == ("packed", "gguf", "dense", "mlx")
     assert all(Path(entry.path).parts[0] in FOLDERS and ".." not in entry.path for entry in FORMATS.values())
 

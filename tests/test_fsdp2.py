@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from axolotl_bitnet.model.fingerprint import fingerprint_model
-from support.sharded import WORLD, batch, build, reference, train
+from support.sharded import WORLD, batch, build, in_ranks, reference, train
 
 CASES = [
     (policy, latents, checkpointed)
@@ -48,20 +46,14 @@ def sharded(rank: int, policy: str, latents: torch.dtype, checkpointed: bool) ->
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", rendezvous, timedelta(seconds=120), world_size=WORLD, rank=rank)
-    try:
-        torch.save([sharded(rank, *case) for case in CASES], Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    torch.save([sharded(rank, *case) for case in CASES], Path(folder) / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     """What each rank saw, for each of CASES; one start of the processes for all of them."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
+    in_ranks(worker, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

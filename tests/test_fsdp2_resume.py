@@ -4,13 +4,11 @@ other processes has the losses, weights and fingerprint of the uninterrupted one
 from __future__ import annotations
 
 import shutil
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -23,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.storage.trainer_checkpoint import forget, problems
-from support.sharded import WORLD, batch, build
+from support.sharded import WORLD, batch, build, in_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -76,13 +74,7 @@ def run(rank: int, folder: Path, resumed: bool) -> dict[str, Any]:
 
 
 def worker(rank: int, folder: str, resumed: bool) -> None:
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous-{resumed}"
-    dist.init_process_group("gloo", rendezvous, timedelta(seconds=120), world_size=WORLD, rank=rank)
-    try:
-        torch.save(run(rank, Path(folder), resumed), Path(folder) / f"{rank}-{resumed}.pt")
-    finally:
-        dist.destroy_process_group()
+    torch.save(run(rank, Path(folder), resumed), Path(folder) / f"{rank}-{resumed}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that saved on its way, and the same run resumed there by new processes."""
     folder = tmp_path_factory.mktemp("fsdp2-resume")
     for resumed in (False, True):
-        torch.multiprocessing.spawn(worker, (str(folder), resumed), nprocs=WORLD)
+        in_ranks(worker, str(folder), resumed)
     return folder
 
 

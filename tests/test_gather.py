@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from axolotl_bitnet.layers.gathered_weight import GatheredWeight
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.ops import dequantized_weight, ternarize, transposed_codes
 from axolotl_bitnet.training.fsdp2_gather import GatherTernary, gather_ternary
-from support.sharded import batch, build
+from support.sharded import batch, build, in_ranks
 
 TERNARY = 10  # layers of build()
 
@@ -215,17 +214,11 @@ CASES: dict[str, tuple[int, Callable[[], Any]]] = {  # name: processes, what the
 
 
 def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous{world}"
-    dist.init_process_group("gloo", rendezvous, timedelta(seconds=120), world_size=world, rank=rank)
-    try:
-        for name in names:
-            native, ternary = CASES[name][1]()
-            torch._dynamo.reset()
-            if rank in (0, world - 1):
-                torch.save((native, ternary), Path(folder) / f"{name}-{int(rank > 0)}.pt")
-    finally:
-        dist.destroy_process_group()
+    for name in names:
+        native, ternary = CASES[name][1]()
+        torch._dynamo.reset()
+        if rank in (0, world - 1):
+            torch.save((native, ternary), Path(folder) / f"{name}-{int(rank > 0)}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +227,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gather")
     for world in sorted({world for world, _ in CASES.values()}):
         names = [name for name, (wanted, _) in CASES.items() if wanted == world]
-        torch.multiprocessing.spawn(worker, (world, str(folder), names), nprocs=world)
+        in_ranks(worker, world, str(folder), names, world=world)
     return folder
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from axolotl_bitnet.training.monitor import sampling as sample
 from axolotl_bitnet.training.monitor.callback import Observation, observe
 from axolotl_bitnet.training.monitor.sampling import Unwatchable
 from axolotl_bitnet.training.monitor.start_codes import load_start, save_start
-from support.sharded import WORLD, batch, build
+from support.sharded import WORLD, batch, build, in_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -118,22 +117,16 @@ CASES: dict[str, Any] = {
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     os.environ["RANK"] = str(rank)
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", rendezvous, timedelta(seconds=120), world_size=WORLD, rank=rank)
-    try:
-        seen: dict[str, Any] = {name: watch(make()) for name, make in CASES.items()}
-        seen |= {"resumed": resumed(folder), "flattened": flattened(), "sampled": sampled()}
-        torch.save(seen, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    seen: dict[str, Any] = {name: watch(make()) for name, make in CASES.items()}
+    seen |= {"resumed": resumed(folder), "flattened": flattened(), "sampled": sampled()}
+    torch.save(seen, Path(folder) / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("monitor")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
+    in_ranks(worker, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

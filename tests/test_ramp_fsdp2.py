@@ -3,19 +3,17 @@ its end on."""
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from axolotl_bitnet.layers.gathered_weight import GatheredWeight
 from axolotl_bitnet.training.fsdp2_gather import GatherTernary, gather_ternary
 from axolotl_bitnet.training.ramp import RampSchedule, fully_ternary, set_ramp
-from support.sharded import WORLD, batch, build
+from support.sharded import WORLD, batch, build, in_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -85,20 +83,14 @@ def mixed_without_latents() -> str:
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", rendezvous, timedelta(seconds=120), world_size=WORLD, rank=rank)
-    try:
-        seen: list[Any] = [sharded(rank, *case) for case in CASES]
-        torch.save([*seen, mixed_without_latents()], Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    seen: list[Any] = [sharded(rank, *case) for case in CASES]
+    torch.save([*seen, mixed_without_latents()], Path(folder) / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
     folder = tmp_path_factory.mktemp("ramp")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
+    in_ranks(worker, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

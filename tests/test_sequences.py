@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from support import TINY
 from support.runs import config, train
+from support.sharded import in_ranks
 
 
 @pytest.mark.parametrize("cuts", [[5, 13, 1], [19], [8, 11], [1] * 19])
@@ -115,14 +115,10 @@ def context_parallel_run(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return seen
 
 
-def context_parallel_process(rank: int, store: str, ids: torch.Tensor, out: str) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+def context_parallel_process(rank: int, ids: torch.Tensor, out: str) -> None:
     seen = context_parallel_run(ids)
     if rank == 0:
         save_file(seen, out)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -130,8 +126,7 @@ def test_rows_shared_by_two_processes(tmp_path: Path) -> None:
     """Context parallelism, keys and values gathered instead of passed round a ring: the same gradients."""
     ids = torch.randint(64, (2, 25))
     whole = context_parallel_run(ids)
-    arguments = (str(tmp_path / "store"), ids, str(tmp_path / "seen.safetensors"))
-    torch.multiprocessing.spawn(context_parallel_process, arguments, nprocs=2)
+    in_ranks(context_parallel_process, ids, str(tmp_path / "seen.safetensors"))
     shared = load_file(tmp_path / "seen.safetensors")
     assert shared.keys() == whole.keys()
     for name, tensor in whole.items():

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from axolotl_bitnet.layers.bitlinear import BitLinear
@@ -19,7 +17,7 @@ from axolotl_bitnet.model.preflight import preflight
 from axolotl_bitnet.model.whole_weights import whole_weights
 from axolotl_bitnet.ternary import dequantize, ternarize
 from support import sharded
-from support.sharded import WORLD, Block, batch, build, reference, train
+from support.sharded import WORLD, Block, batch, build, in_ranks, reference, train
 
 FSDP1 = [  # original parameters, resharded after forward, precision, checkpointed
     (True, True, "none", False),
@@ -108,27 +106,21 @@ def dense_ternary() -> torch.Tensor:
 
 
 def worker(rank: int, folder: str, zero: bool) -> None:
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     os.environ["DS_ACCELERATOR"] = "cpu"
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", rendezvous, timedelta(seconds=120), world_size=WORLD, rank=rank)
-    try:
-        if zero:
-            import deepspeed
+    if zero:
+        import deepspeed
 
-            deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-            seen: list[Any] = [with_zero(rank, *case) for case in ZERO]
-            seen.append(zero_preflight())
-        else:
-            seen = [with_fsdp1(rank, *case) for case in FSDP1]
-        torch.save(seen, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+        seen: list[Any] = [with_zero(rank, *case) for case in ZERO]
+        seen.append(zero_preflight())
+    else:
+        seen = [with_fsdp1(rank, *case) for case in FSDP1]
+    torch.save(seen, Path(folder) / f"{rank}.pt")
 
 
 def run(folder: Path, zero: bool) -> list[list[Any]]:
-    torch.multiprocessing.spawn(worker, (str(folder), zero), nprocs=WORLD)
+    in_ranks(worker, str(folder), zero)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

@@ -1,11 +1,16 @@
-"""A small model of BitLinears to shard over two processes, its batches, and what it is without sharding."""
+"""Processes of one group, and a small model to shard over them: its batches, and the unsharded run."""
 
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,6 +18,30 @@ from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 
 WORLD = 2
+_PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "axolotl_bitnet.model.fingerprint"]
+
+
+def in_ranks(work: Callable[..., Any], *arguments: Any, world: int = WORLD) -> None:
+    """``work(rank, *arguments)`` in each of ``world`` processes, which are one gloo group.
+
+    They are forked from a server that holds the imports, for these take longer than the work. (In forks of
+    this process, which has run backwards, torch refuses to run another.)
+    """
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = (f"file://{folder}/rendezvous", world, work, arguments)
+        torch.multiprocessing.start_processes(_rank, settings, world, start_method="forkserver")
+
+
+def _rank(
+    rank: int, rendezvous: str, world: int, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rendezvous, timedelta(seconds=300), world_size=world, rank=rank)
+    try:
+        work(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
 
 
 class Block(nn.Module):

@@ -19,7 +19,7 @@ export TORCHINDUCTOR_CACHE_DIR ?= $(CACHE)/inductor
 export PYTHONPATH = $(CURDIR)/src
 
 # Two workers, each with whole files, so that what a file's tests share (a trained run) is made once.
-pytest = python -m pytest -n 2 --dist loadfile --durations=40
+pytest = python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 
 # $(call in,LANE) begins a recipe line that runs inside the lane's environment
 in = environment=$$(scripts/environment.sh $(1)) && PATH="$$environment/bin:$$PATH" && export PATH && set -x &&

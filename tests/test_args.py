@@ -15,6 +15,13 @@ from axolotl_bitnet.plugin.args import BitNetArgs, BitNetConfig
 from axolotl_bitnet.plugin.refusals import fsdp_refusals, refusals
 from axolotl_bitnet.plugin.refusals.ramp import ramp_refusals
 
+LOW: dict[str, Any] = {
+    "bitnet": {"latent_dtype": "bfloat16"},
+    "optimizer": "adamw_torch_8bit",
+    "optim_args": "bf16_stochastic_round=True",
+    "adam_beta2": 0.95,
+    "fsdp_version": 2,
+}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"adapter": "lora"}, "adapter: lora"),
     ({"adapter": "qlora"}, "adapter: qlora"),
@@ -37,6 +44,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "no groups",
     ),
     ({"bitnet": {"latent_dtype": "bfloat16"}, "deepspeed": {"zero_optimization": {"stage": 2}}}, "masters"),
+    (LOW | {"bitnet": None}, "no effect on float32 latents"),
+    (LOW | {"adam_beta2": 0.999}, "adam_beta2: 0.999"),
+    (LOW | {"adam_beta2": None}, "adam_beta2: 0.999"),
+    (LOW | {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}, "SHARDED_STATE_DICT"),
 ]
 ALLOWED: list[dict[str, Any]] = [
     {},
@@ -51,6 +62,11 @@ ALLOWED: list[dict[str, Any]] = [
     {"bitnet": {"learning_rate_scope": "ternary"}, "deepspeed": {"zero_optimization": {"stage": 2}}},
     {"bitnet": {"learning_rate_scope": "ternary"}, "optimizer": "adamw_torch", "lr_scheduler": "cosine"},
     {"optimizer": "muon", "lr_scheduler": "one_cycle"},
+    LOW,
+    LOW | {"optim_args": {"bf16_stochastic_round": True}},
+    LOW | {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+    LOW | {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}, "save_strategy": "no"},
+    {"optimizer": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=False"},
 ]
 
 

@@ -136,6 +136,13 @@ CASES: dict[str, Keys] = {
         "bitnet": {"learning_rate_multiplier": 3, "learning_rate_scope": "ternary"},
     },
     "bf16 latents": {"load_as": torch.bfloat16, "bitnet": {"latent_dtype": "bfloat16"}},
+    "bf16 latents, rounded stochastically": {
+        "load_as": torch.bfloat16,
+        "bitnet": {"latent_dtype": "bfloat16"},
+        "optimizer": "adamw_torch_8bit",
+        "optim_args": "bf16_stochastic_round=True",
+        "adam_beta2": 0.95,
+    },
     "float32 latents of a base loaded in bf16": {"load_as": torch.bfloat16},
     "a base that is rescaled": {"base": "dense ternary", "gradient_checkpointing": True},
     "dpo": {"make": preference, "gradient_accumulation_steps": 1},
@@ -149,6 +156,9 @@ def test_resumed_is_uninterrupted_bit_for_bit(
 ) -> None:
     keys = dict(CASES[case])
     base, make = bases[keys.pop("base", "latent")], keys.pop("make", config)
+    if "stochastically" in case:
+        pytest.importorskip("torchao")
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes a minute
     if "load_as" in keys:
         load_as(keys.pop("load_as"), monkeypatch)
     name = case.replace(" ", "-")
@@ -158,7 +168,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(
     resumed = train(parts | {"auto_resume_from_checkpoints": True})
     assert_same(resumed, expected)
     weight = resumed.model.get_parameter("model.layers.0.mlp.up_proj.weight")
-    assert weight.dtype == (torch.bfloat16 if case == "bf16 latents" else torch.float32)
+    assert weight.dtype == (torch.bfloat16 if case.startswith("bf16 latents") else torch.float32)
     if "float32 latents" in case:  # no one rounded them on the way
         assert not torch.equal(weight, weight.bfloat16().float())
 

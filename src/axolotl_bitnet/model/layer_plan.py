@@ -7,7 +7,6 @@ written to the model's config, and that list is the only one that packing and ve
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import nn
 from ..layers.bitlinear import BitLinear
 from ..ops import ROWS_PER_BYTE
 from ..ternary import DEFINITION
+from .outline import matches
 
 CONFIG_KEY = "axolotl_bitnet"
 """Key of config.json under which a converted model lists its ternary and its dense linear layers: an entry
@@ -107,7 +107,7 @@ def plan_conversion(model: nn.Module, skip_modules: Iterable[str] = ()) -> Plan:
     problems: list[str] = []
 
     def skipped(name: str) -> bool:
-        hits = {pattern for pattern in patterns if _matches(name, pattern)}
+        hits = {pattern for pattern in patterns if matches(name, pattern)}
         unused.difference_update(hits)
         return bool(hits)
 
@@ -238,12 +238,3 @@ def _saved_as(model: nn.Module, names: list[str]) -> dict[str, str]:
 def _output_head(model: nn.Module) -> Any:
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if getter is not None else None
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return (
-        name == pattern
-        or name.endswith(f".{pattern}")
-        or name.startswith(f"{pattern}.")
-        or fnmatch.fnmatchcase(name, pattern)
-    )

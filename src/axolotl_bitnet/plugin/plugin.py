@@ -26,6 +26,7 @@ from ..ternary import DEFINITION
 from ..training.keep_codes import KeepCodes
 from ..training.latents import match_reference, restore_low_bits, ternary_name_patterns, upcast_trainable
 from ..training.resume_guard import guard
+from ..training.rounding import seed_the_rounding
 from .args import BitNetConfig
 from .artifacts import set_aside
 from .base_model import check_base, holds_latents, local_folder
@@ -33,6 +34,7 @@ from .callbacks import gathering, watch
 from .finish import export_run
 from .hub import Repository, repository_of
 from .log import info, is_main_process, warn
+from .refusals import launch_refusal, rounds_stochastically
 from .resume import (
     TernaryRun,
     refuse_other_layers,
@@ -76,6 +78,8 @@ class BitNetPlugin(BasePlugin):
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Loads none: it is the last hook before Axolotl connects the processes."""
         if cfg.use_onebitllms and not preprocess:
+            if problem := launch_refusal(cfg, os.environ):
+                raise ValueError(problem)
             connect_for_offload(cfg)
 
     def pre_model_load(self, cfg: Any) -> None:
@@ -93,7 +97,7 @@ class BitNetPlugin(BasePlugin):
         if warning:
             warn(warning)
         if self._resumed is not None:
-            refuse_other_run(self._resumed, options)
+            refuse_other_run(self._resumed, options, rounds_stochastically(cfg))
         if _sharded(cfg):
             # Merging a sharded final save takes the last checkpoint's weights, if there is one, in bfloat16.
             cfg.fsdp_config.final_state_dict_type = cfg.fsdp_config.final_state_dict_type or "FULL_STATE_DICT"
@@ -150,7 +154,8 @@ class BitNetPlugin(BasePlugin):
             if not cfg.fsdp_config:  # Axolotl casts both models back there
                 self._prepare_latents(cfg, model, self._reference)
         base = local_folder(cfg)
-        settings = settings_of(_options(cfg), getattr(model.config, CONFIG_KEY))
+        entry = getattr(model.config, CONFIG_KEY)
+        settings = settings_of(_options(cfg), entry, rounds_stochastically(cfg))
         return [TernaryRun(settings, str(base) if base else None), RunLog(self._config)]
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
@@ -176,6 +181,8 @@ class BitNetPlugin(BasePlugin):
         if self._repository is not None:  # else pushes in the course of training would take them along
             set_aside(cfg.output_dir, weights=False)
         guard(trainer)
+        if rounds_stochastically(cfg):
+            seed_the_rounding(trainer)
         if cfg.kd_trainer and cfg.sample_packing:
             keep_packed_apart(trainer)
         loaded, self._reference = self._reference, None

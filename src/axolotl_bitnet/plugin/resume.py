@@ -27,6 +27,8 @@ LOG = logging.getLogger("axolotl.bitnet")
 _FREE = {"export", "fuse", "gather", "monitor", "skip_modules", "verify"}
 """Options that may change from one part of a run to the next; layers are compared by their names."""
 
+_ROUNDING = "stochastic_rounding"
+
 _WHY = {
     "latent_dtype": "latents and optimizer state have the precision they were saved in",
     "learning_rate_multiplier": "the rates come out of the checkpoint, and the change would have no effect",
@@ -64,11 +66,17 @@ class TernaryRun(TrainerCallback, ExportableState):
             LOG.info("a previous run's %s in %s will be replaced", ", ".join(names), args.output_dir)
 
 
-def settings_of(options: BitNetConfig, entry: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint must know of the run: the options, and the model config's own entry."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+def settings_of(options: BitNetConfig, entry: dict[str, Any], rounding: bool = False) -> dict[str, Any]:
+    """What a checkpoint must know of the run: the options, the model config's own entry, and whether updates
+    are rounded stochastically."""
+    ranks = _ranks()
     converted = {"converted": list(entry["converted"]), "definition": entry["definition"]}
-    return {"bitnet": options.model_dump(exclude={"export", "verify"}), **converted, "ranks": ranks}
+    return {
+        "bitnet": options.model_dump(exclude={"export", "verify"}),
+        **converted,
+        "ranks": ranks,
+        _ROUNDING: rounding,
+    }
 
 
 def refuse_ternary_checkpoint(cfg: Any) -> None:
@@ -120,11 +128,12 @@ def settle(cfg: Any) -> tuple[Path | None, str | None]:
     return good, f"{broken}. Resuming from {good}, the last whole one"
 
 
-def refuse_other_run(checkpoint: Path, options: BitNetConfig) -> None:
+def refuse_other_run(checkpoint: Path, options: BitNetConfig, rounding: bool = False) -> None:
     """Hold the settings of a whole checkpoint against this run's, before any weights are loaded.
 
     Raises:
-        ResumeError: it is of a dense run, or the options that shape training differ.
+        ResumeError: it is of a dense run, the options that shape training differ, or the number of
+            processes does and updates are rounded stochastically.
     """
     saved = recorded(checkpoint)
     if saved is None:
@@ -140,11 +149,29 @@ def refuse_other_run(checkpoint: Path, options: BitNetConfig) -> None:
         for key in sorted((then.keys() | now.keys()) - _FREE)
         if then.get(key, defaults.get(key)) != now.get(key)
     ]
+    if bool(saved.get(_ROUNDING)) != rounding:
+        was, is_now = ("nearest", "stochastically") if rounding else ("stochastically", "nearest")
+        changed.append(f"bfloat16 updates were rounded {was} and are now rounded {is_now} (optim_args)")
     if changed:
         raise ResumeError(
             f"{checkpoint} was trained with other settings: {'; '.join(changed)}. Set them back, or start a "
             f"new run with base_model: {checkpoint}"
         )
+    if rounding:
+        _refuse_other_ranks(checkpoint, saved.get("ranks"))
+
+
+def _refuse_other_ranks(checkpoint: Path, saved: int | None) -> None:
+    if saved is not None and saved != _ranks():
+        raise ResumeError(
+            f"{checkpoint} was saved by {saved} processes and this run has {_ranks()}: the 8-bit moments are "
+            "blocks of each process's shard, and the rounding's noise is drawn for each shard. Resume it "
+            f"with {saved} processes, or start a new run with base_model: {checkpoint}"
+        )
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def refuse_other_layers(checkpoint: Path, converted: Iterable[str], definition: int) -> None:

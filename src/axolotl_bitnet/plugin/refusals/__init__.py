@@ -13,12 +13,20 @@ from .commands import command_refusals
 from .keys import key_refusals
 from .preference import preference_refusals
 from .ramp import ramp_refusals
-from .sharding import fsdp_refusals, sharding_refusals
+from .rounding import rounding_refusals, rounds_stochastically
+from .sharding import fsdp_refusals, launch_refusal, sharding_refusals
 
-__all__ = ["fsdp_refusals", "refusals"]
+__all__ = ["fsdp_refusals", "launch_refusal", "refusals", "rounds_stochastically"]
 
 
 def refusals(cfg: Mapping[str, Any]) -> list[str]:
     """Why this ternary config cannot work: sentences, empty when it can."""
-    rules = (key_refusals, sharding_refusals, preference_refusals, command_refusals, ramp_refusals)
+    rules = (
+        key_refusals,
+        sharding_refusals,
+        preference_refusals,
+        command_refusals,
+        ramp_refusals,
+        rounding_refusals,
+    )
     return [sentence for rule in rules for sentence in rule(cfg)]

@@ -50,6 +50,17 @@ def fsdp_refusals(cfg: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def launch_refusal(cfg: Mapping[str, Any], environment: Mapping[str, str]) -> str | None:
+    """Why a training that is about to begin cannot shard: FSDP in a process that no launcher started."""
+    if not (cfg.get("fsdp_config") or cfg.get("fsdp")) or "LOCAL_RANK" in environment:
+        return None
+    return (
+        "`fsdp_config` shards over processes, and this is one process without a launcher. On one GPU or a "
+        "CPU remove `fsdp_version`, `fsdp_config` and `accelerator_config`, and set "
+        "`gradient_checkpointing: true`; or keep them and add `--launcher torchrun`"
+    )
+
+
 def _distillation_refusals(cfg: Mapping[str, Any]) -> list[str]:
     """Axolotl's distillation loss reads the head's weight after the forward pass: it must be there, whole."""
     if not cfg.get("kd_trainer"):

@@ -34,6 +34,10 @@ LOG = logging.getLogger("axolotl.bitnet")
 PATIENCE = 10  # steps without a flip before it is said
 NO_FLIPS = 1e-6  # share of all codes
 RESTLESS, OF_FLIPS = 1e-4, 0.5  # at least this share flips, at least this share of it flips back
+_FINER = (
+    "keep latents in float32 (bitnet.latent_dtype), or round bfloat16 ones stochastically (optimizer: "
+    "adamw_torch_8bit, optim_args: bf16_stochastic_round=True)"
+)
 ALL_ZEROS, NO_ZEROS = 0.9, 0.01  # of a layer; normally distributed latents have 0.31
 
 
@@ -117,11 +121,15 @@ class Monitor(TrainerCallback):
         flips, total = seen.share("flips"), seen.share("flips_total")
         steps = step - self.first_step
         if steps >= PATIENCE and total < NO_FLIPS:
+            frozen = seen.share("frozen")
+            why, instead = "", ""
+            if not math.isnan(frozen):  # with stochastic rounding every latent can be moved
+                why = f", and {frozen:.1%} of the latents cannot be moved at this rate"
+                instead = f", or {_FINER}"
             self._once(
                 "flips",
                 f"nothing is learned in the ternary layers: after {steps} steps {total:.2g} of their codes "
-                f"have changed, and {seen.share('frozen'):.1%} of the latents cannot be moved at this rate. "
-                "Raise the learning rate, or keep latents in float32 (bitnet.latent_dtype)",
+                f"have changed{why}. Raise the learning rate{instead}",
             )
         back = seen.share("oscillation") / flips if flips else 0.0
         if flips >= RESTLESS and back >= OF_FLIPS:
@@ -161,7 +169,7 @@ def _say_what_can_move(seen: Observation, rate: float) -> None:
         " (an update is about the rate; in the others it is below half a unit in the last place)"
     )
     if movable < 0.5:
-        text += ". Keep latents in float32 (bitnet.latent_dtype), or raise the rate"
+        text += f". Raise the rate, or {_FINER}"
     _say(logging.WARNING if movable < 0.5 else logging.INFO, text)
 
 

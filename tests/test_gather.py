@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.layers.gathered_weight import GatheredWeight
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.ops import dequantized_weight, ternarize, transposed_codes
+from axolotl_bitnet.training import fsdp2_gather
 from axolotl_bitnet.training.fsdp2_gather import GatherTernary, gather_ternary
 from support.sharded import batch, build, in_ranks
 
@@ -192,6 +194,59 @@ def build_like(latents: Tensor) -> nn.Sequential:
     return nn.Sequential(layer)
 
 
+def falls_back(name: str) -> Any:
+    """A torch without one of the names that the gather uses, or one that gathers otherwise: the run is the
+    native one, and one sentence says so; where codes are asked for, it ends before a step."""
+
+    def gone(*args: Any) -> None:
+        raise AttributeError(f"no attribute '{name}'")
+
+    def shifted(self: Any) -> Any:
+        return torch.zeros_like(codes(self))
+
+    codes = GatheredWeight.codes
+    owner, value = {
+        "codes": (GatheredWeight, shifted),
+        "_param_groups": (fsdp2_gather, gone),
+        "_Scales": (fsdp2_gather, gone),
+    }.get(name, (fsdp2_gather._TernaryParam, property(gone) if name == "all_gather_inputs" else gone))
+
+    def run(gather: str) -> list[Any]:
+        model = shard("native")
+        if gather == "ternary":
+            before, said = getattr(owner, name), []
+            setattr(owner, name, value)
+            handler = logging.Handler()
+            handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+            logging.getLogger("axolotl.bitnet").addHandler(handler)
+            try:
+                with pytest.raises(RuntimeError, match=r"`bitnet.gather: ternary`: torch .* Remove `gather`"):
+                    GatherTernary(required=True).on_train_begin(None, None, None, model=model)
+                GatherTernary().on_train_begin(None, None, None, model=model)
+            finally:
+                setattr(owner, name, before)
+                logging.getLogger("axolotl.bitnet").removeHandler(handler)
+            assert len(said) == 1 and "gathers weights as they are, not 2-bit codes" in said[0]
+            reason = "other codes arrived than those of the whole weight" if name == "codes" else name
+            assert reason in said[0]
+        return losses_and_weights(model)
+
+    return pair(run)
+
+
+def works_after_its_check() -> Any:
+    """The callback's check of one layer leaves nothing behind."""
+
+    def run(gather: str) -> list[Any]:
+        model = shard("native")
+        if gather == "ternary":
+            GatherTernary(required=True).on_train_begin(None, None, None, model=model)
+            assert sum(1 for _ in fsdp2_gather._ternary_params(model)) == TERNARY
+        return losses_and_weights(model)
+
+    return pair(run)
+
+
 CASES: dict[str, tuple[int, Callable[[], Any]]] = {  # name: processes, what they do
     "float32": (2, either),
     "bfloat16 latents": (2, lambda: either(latents=torch.bfloat16)),
@@ -205,6 +260,12 @@ CASES: dict[str, tuple[int, Callable[[], Any]]] = {  # name: processes, what the
     "already used": (2, already_used),
     "what is gathered": (2, gathered),
     "policy and reference": (2, reference),
+    "checked before training": (2, works_after_its_check),
+    "falls back: codes that are others": (2, lambda: falls_back("codes")),
+    "falls back: no groups": (2, lambda: falls_back("_param_groups")),
+    "falls back: no sizes": (2, lambda: falls_back("_Scales")),
+    "falls back: asked in another way": (2, lambda: falls_back("all_gather_inputs")),
+    "falls back: made in another way": (2, lambda: falls_back("init_unsharded_param")),
     "four ranks, one without a row of the last layer": (4, either),
     "two replicas of two shards": (4, replicas),
     "what four ranks gather": (4, gathered),

@@ -12,12 +12,12 @@ under way.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from .bitlinear import (
@@ -31,6 +31,11 @@ from .bitlinear import (
 )
 from .weight_codes import ternarize
 
+# Private to torch; without it nothing tells whether somebody watches all modules.
+_has_any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", None)
+
+LOG = logging.getLogger("axolotl.bitnet")
+
 _MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "LigerSwiGLUMLP"}
 _NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "LigerRMSNorm"}
 _BEFORE_LINEARS = {"input_layernorm", "post_attention_layernorm"}
@@ -42,6 +47,13 @@ def fuse_layers(model: nn.Module) -> int:
     Returns:
         How many modules were fused.
     """
+    if _has_any_global_hook is None:
+        LOG.warning(
+            "torch %s has no _has_any_global_hook: MLPs and norms are not fused (the same codes, more "
+            "slowly)",
+            torch.__version__,
+        )
+        return 0
     count = 0
     for name, module in model.named_modules():
         if _is_swiglu(module):
@@ -195,5 +207,7 @@ def _is_bare(layer: nn.Module) -> bool:
         and not layer._backward_pre_hooks
         and "forward" not in vars(layer)
         and layer.weight.dim() == 2
-        and (torch.compiler.is_compiling() or not _has_any_global_hook())
+        and (
+            torch.compiler.is_compiling() or (_has_any_global_hook is not None and not _has_any_global_hook())
+        )
     )

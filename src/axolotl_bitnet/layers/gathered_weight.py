@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from .. import ops
 
@@ -48,7 +47,8 @@ class GatheredWeight(Tensor):
     ) -> GatheredWeight:
         return GatheredWeight(inner["packed"], inner["g"], inner["s"], *context)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    # torch documents this private name; a torch without it fails the gather's own check, before training
+    __torch_function__ = getattr(torch._C, "_disabled_torch_function_impl", None)  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -62,8 +62,7 @@ class GatheredWeight(Tensor):
             return cls(weight.packed, weight.g, weight.s, weight.shards, weight.shape[0], weight.dtype)
         if function._schema.is_mutable:
             raise RuntimeError(f"{function} would write to gathered ternary weights, which are only read")
-        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs))
-        return function(*args, **kwargs)
+        return function(*_dense(args), **_dense(kwargs))
 
     def __repr__(self) -> str:  # type: ignore[override]
         # Tensor's own reads elements, which a compiler that logs its inputs has none of
@@ -77,6 +76,15 @@ class GatheredWeight(Tensor):
         """``codes / s``."""
         dtype = dtype or self.dtype
         return ops.dequantize_shards(self.packed, self.g, self.shards, self.shape[0], dtype)
+
+
+def _dense(value: Any) -> Any:
+    """An operator's arguments, with the gathered weights in them as ``codes / s``."""
+    if isinstance(value, GatheredWeight):
+        return value.dense()
+    if isinstance(value, tuple | list):
+        return type(value)(map(_dense, value))
+    return {key: _dense(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 _OPS = torch.ops.axolotl_bitnet

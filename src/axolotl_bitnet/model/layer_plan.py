@@ -7,9 +7,11 @@ written to the model's config, and that list is the only one that packing and ve
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from ..layers.bitlinear import BitLinear
 from ..ops import ROWS_PER_BYTE
 from ..ternary import DEFINITION
 from .outline import matches
+
+LOG = logging.getLogger("axolotl.bitnet")
 
 CONFIG_KEY = "axolotl_bitnet"
 """Key of config.json under which a converted model lists its ternary and its dense linear layers: an entry
@@ -216,7 +220,16 @@ def _saved_as(model: nn.Module, names: list[str]) -> dict[str, str]:
     """
     if not hasattr(model, "save_pretrained"):
         return {}
-    from transformers.core_model_loading import revert_weight_conversion
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        LOG.warning(
+            "transformers %s has no revert_weight_conversion: layers are taken to be saved under the names "
+            "that "
+            "the model gives them. If it saves them otherwise (as Llava does), packing will name the first",
+            version("transformers"),
+        )
+        return {}
 
     renamed = {}
     for name in names:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from axolotl.loaders.utils import load_model_config
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
@@ -25,6 +25,14 @@ def check_base(cfg: Any, skip_modules: list[str], export: Sequence[str] = ()) ->
         ConversionError: it is quantized already, or one of its layers cannot be converted; the message names
         it. Or one of the exports could not be made of it.
     """
+    try:
+        from axolotl.loaders.utils import load_model_config
+    except ImportError:
+        raise ConversionError(
+            f"Axolotl {version('axolotl')} has no load_model_config to read the base's config with: this "
+            "version "
+            "is not supported (pip install 'axolotl<0.22')"
+        ) from None
     config = load_model_config(cfg)
     if config.model_type == "falcon" and cfg.fsdp_config:
         raise ConversionError(

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
+from ..training.log import info
 from .args import BitNetConfig
-from .log import info
 
 
 def watch(cfg: Any, trainer: Any, options: BitNetConfig, resumed: Path | None) -> list[Any]:
     """The callbacks of a run's ramp and monitor; what they have to say goes into the trainer's log."""
     from ..training.monitor.callback import Monitor
-    from ..training.ramp import RampSchedule, log_ternary_loss
+    from ..training.ramp import RampSchedule
+    from ..training.trainer_evaluation import log_ternary_loss
     from ..training.trainer_log import log_through  # transformers: not where a config is only checked
 
     callbacks: list[Any] = []
@@ -44,6 +45,7 @@ def gathering(cfg: Any, trainer: Any, wish: str) -> list[Any]:
         else:
             info("FSDP2 gathers ternary weights as 2-bit codes")
             reference = getattr(trainer, "ref_model", None)
-            return [GatherTernary(*([] if reference is None else [reference]))]
+            references = [] if reference is None else [reference]
+            return [GatherTernary(*references, required=wish == "ternary")]
     info("FSDP2 gathers weights as they are (%s)", reason)
     return []

@@ -25,15 +25,16 @@ from ..storage.safetensors_stream import CheckpointReader
 from ..ternary import DEFINITION
 from ..training.keep_codes import KeepCodes
 from ..training.latents import match_reference, restore_low_bits, ternary_name_patterns, upcast_trainable
-from ..training.resume_guard import guard
+from ..training.log import info, is_main_process, warn
 from ..training.rounding import seed_the_rounding
+from ..training.trainer_epoch import resume_epochs
+from ..training.trainer_save import forget_before_saving
 from .args import BitNetConfig
 from .artifacts import set_aside
 from .base_model import check_base, holds_latents, local_folder
 from .callbacks import gathering, watch
 from .finish import export_run
 from .hub import Repository, repository_of
-from .log import info, is_main_process, warn
 from .refusals import launch_refusal, rounds_stochastically
 from .resume import (
     TernaryRun,
@@ -46,12 +47,9 @@ from .resume import (
 from .run_log import RunLog, given, report_run
 from .upstream.fsdp2_offload import connect_for_offload
 from .upstream.kd_collator import keep_packed_apart
-from .upstream.trl_reference import (
-    key_precomputed_references,
-    refuse_dense_judges,
-    refuse_dense_reference,
-    settle_reference,
-)
+from .upstream.save_once import save_once
+from .upstream.trl_reference import refuse_dense_judges, refuse_dense_reference, settle_reference
+from .upstream.trl_reference_cache import key_precomputed_references
 from .upstream.trl_vllm import push_dense_ternary
 
 _TERNARY = ("latents", "dense")
@@ -180,7 +178,9 @@ class BitNetPlugin(BasePlugin):
         self._repository = repository_of(trainer)
         if self._repository is not None:  # else pushes in the course of training would take them along
             set_aside(cfg.output_dir, weights=False)
-        guard(trainer)
+        forget_before_saving(trainer)
+        if self._resumed is not None:
+            resume_epochs(trainer)
         if rounds_stochastically(cfg):
             seed_the_rounding(trainer)
         if cfg.kd_trainer and cfg.sample_packing:
@@ -189,7 +189,7 @@ class BitNetPlugin(BasePlugin):
         reference = settle_reference(trainer, loaded)
         refuse_dense_judges(trainer)
         if getattr(trainer, "use_vllm", False):
-            push_dense_ternary(trainer.vllm_generation, trainer.model)
+            push_dense_ternary(getattr(trainer, "vllm_generation", None), trainer.model)
         self._prepare_latents(cfg, trainer.model, reference)
 
     def _prepare_latents(self, cfg: Any, policy: torch.nn.Module, reference: torch.nn.Module | None) -> None:
@@ -218,9 +218,7 @@ class BitNetPlugin(BasePlugin):
             if is_main_process() and (names := set_aside(cfg.output_dir)):
                 info("a previous run's %s in %s will be replaced", ", ".join(names), cfg.output_dir)
             _barrier()  # a stale index would keep other ranks from merging
-            if cfg.local_rank == 0 and not is_main_process():
-                # Axolotl lets the first process of every node save: on one disk, while rank 0 packs the file.
-                cfg.local_rank = int(os.environ["RANK"])
+            if save_once(cfg):
                 set_aside(cfg.output_dir)  # on a disk of the node's own, they would pass for this run's
             _barrier()
             return

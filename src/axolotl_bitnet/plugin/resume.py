@@ -6,23 +6,23 @@ is written last.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from axolotl.utils.dict import DictDefault
-from axolotl.utils.train import determine_last_checkpoint
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from ..storage.atomic import CheckpointError
 from ..storage.trainer_checkpoint import checkpoints, problems, trainer_state
+from ..training.log import info, is_main_process
 from .args import BitNetConfig
 from .artifacts import set_aside
 
-LOG = logging.getLogger("axolotl.bitnet")
+try:
+    from transformers.trainer_callback import ExportableState as _ExportableState
+except ImportError:  # it marks what the Trainer collects; on_train_begin below puts its state there itself
+    _ExportableState = object
 
 _FREE = {"export", "fuse", "gather", "monitor", "skip_modules", "verify"}
 """Options that may change from one part of a run to the next; layers are compared by their names."""
@@ -41,7 +41,7 @@ class ResumeError(ValueError):
     """A run cannot be resumed as asked; the message names the checkpoint and what to do."""
 
 
-class TernaryRun(TrainerCallback, ExportableState):
+class TernaryRun(TrainerCallback, _ExportableState):
     """Carries a run's ternary settings into its checkpoints, and clears a previous run's files away before
     the first step.
 
@@ -60,10 +60,8 @@ class TernaryRun(TrainerCallback, ExportableState):
         # A resumed state has the settings of the first part.
         state.stateful_callbacks[type(self).__name__] = self.state()
         in_place = self.base is not None and Path(self.base).resolve() == Path(args.output_dir).resolve()
-        if in_place or int(os.environ.get("RANK", "0")) != 0:
-            return
-        if names := set_aside(args.output_dir):
-            LOG.info("a previous run's %s in %s will be replaced", ", ".join(names), args.output_dir)
+        if not in_place and is_main_process() and (names := set_aside(args.output_dir)):
+            info("a previous run's %s in %s will be replaced", ", ".join(names), args.output_dir)
 
 
 def settings_of(options: BitNetConfig, entry: dict[str, Any], rounding: bool = False) -> dict[str, Any]:
@@ -114,6 +112,7 @@ def settle(cfg: Any) -> tuple[Path | None, str | None]:
         return None, None
     found = _problems(folder)
     if not found:
+        cfg.resume_from_checkpoint = str(folder)  # what was checked is what Axolotl takes
         return folder, None
     good = next((path for path in checkpoints(folder.parent) if not _problems(path)), None)
     broken = f"{folder} is not a whole checkpoint: {'; '.join(found)}"
@@ -206,10 +205,12 @@ def recorded(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def _chosen(cfg: Any) -> Path | None:
-    """The checkpoint that Axolotl will take, by its own rule, without telling it so yet."""
-    keys = ("output_dir", "resume_from_checkpoint", "auto_resume_from_checkpoints")
-    chosen = determine_last_checkpoint(DictDefault({key: cfg[key] for key in keys}))
-    return Path(chosen) if chosen else None
+    """The checkpoint that Axolotl will take: the one that is asked for, else with
+    ``auto_resume_from_checkpoints`` the last one."""
+    if cfg.resume_from_checkpoint is not None:
+        return Path(cfg.resume_from_checkpoint) if cfg.resume_from_checkpoint else None
+    there = checkpoints(cfg.output_dir) if cfg.auto_resume_from_checkpoints else []
+    return there[0] if there else None
 
 
 def _problems(folder: Path) -> list[str]:

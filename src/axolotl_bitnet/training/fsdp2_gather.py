@@ -7,11 +7,15 @@ gathered weight stays packed until a layer reads it.
 
 FSDP2 asks its parameter objects what to gather and what to make of it. Those of BitLinear weights get a class
 here that answers with codes; sharding, gradients, state dicts and clipping are FSDP2's own.
+
+Changes ``FSDPParam`` of torch (run on 2.11, 2.13 and 2.14), by a subclass. Without one of its names, or where
+the codes that arrive are not those of the whole weight (:mod:`axolotl_bitnet.training.gather_check`), weights
+are gathered as FSDP2 does it, and the log says so. Tests: tests/test_gather.py, tests/test_upstream_names.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +30,8 @@ from .. import ops
 from ..layers.bitlinear import BitLinear
 from ..layers.gathered_weight import GatheredWeight
 from ..ternary import absmean, scale_of
+from .gather_check import problem_of
+from .log import warn
 from .ramp import ramping
 
 
@@ -155,16 +161,53 @@ def _is_ternary(param: Any) -> bool:
     )
 
 
+def gather_weights(model: nn.Module) -> None:
+    """Let FSDP2 gather whole weights again, undoing :func:`gather_ternary`. No weight may be gathered."""
+    for _, group, param in _ternary_params(model):
+        group._all_gather_result = None  # of a gather that failed
+        local = param._sharded_local_tensor
+        param.__class__ = FSDPParam
+        for name in ("fsdp_pre_all_gather", "fsdp_post_all_gather"):
+            delattr(local, name)
+        param.all_gather_outputs = []
+        vars(param).pop("_unsharded_param", None)
+
+
+def _ternary_params(model: nn.Module) -> Iterator[tuple[FSDPModule, Any, Any]]:
+    """The parameters that are gathered as codes, with their unit and their group."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in _param_groups(module):
+                for param in group.fsdp_params:
+                    if isinstance(param, _TernaryParam):
+                        yield module, group, param
+
+
+def _try(model: nn.Module) -> str | None:
+    """Gather codes from now on, if the codes of one layer arrive as they should; else why not."""
+    try:
+        if not gather_ternary(model):
+            return None
+        unit, _, param = next(_ternary_params(model))
+        problem = problem_of(unit, param._module_info.module)
+    except (AttributeError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        gather_weights(model)
+    return problem
+
+
 class GatherTernary(TrainerCallback):
     """Makes FSDP2 gather codes when training begins, for models are sharded by then; or when a ramp ends, for
     until then layers need latents."""
 
-    def __init__(self, *references: nn.Module) -> None:
+    def __init__(self, *references: nn.Module, required: bool = False) -> None:
         """
         Args:
             references: models beside the policy that may be sharded too.
+            required: end the run where codes cannot be gathered, instead of gathering weights.
         """
-        self.references = references
+        self.references, self.required = references, required
         self.done = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -172,8 +215,14 @@ class GatherTernary(TrainerCallback):
         self.on_step_begin(args, state, control, **kwargs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raise RuntimeError where codes are required and do not arrive."""
         if self.done or ramping(kwargs["model"]):
             return
-        for model in (kwargs["model"], *self.references):
-            gather_ternary(model)
         self.done = True
+        problems = [_try(model) for model in (kwargs["model"], *self.references)]
+        if not (reason := next(filter(None, problems), None)):
+            return
+        reason = f"torch {torch.__version__} gathers otherwise than is known here: {reason}"
+        if self.required:
+            raise RuntimeError(f"`bitnet.gather: ternary`: {reason}. Remove `gather`")
+        warn(f"FSDP2 gathers weights as they are, not 2-bit codes: {reason}")

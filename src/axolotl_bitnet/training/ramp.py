@@ -11,7 +11,6 @@ ramp has come, and what is saved on the way is not taken for a ternary model.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -119,32 +118,6 @@ class RampSchedule(TrainerCallback):
         if value != self.value:
             set_ramp(model, value)
             self.value = value
-
-
-def log_ternary_loss(trainer: Any) -> None:
-    """Let a transformers Trainer evaluate twice during a ramp: at the lambda that trains (``eval_loss``) and
-    fully ternary (``eval_ternary_loss``), in one entry of its log. After the ramp both are the same loss."""
-    evaluation_loop = trainer.evaluation_loop
-
-    def evaluate_both(*args: Any, **kwargs: Any) -> Any:
-        output = evaluation_loop(*args, **kwargs)
-        ternary = evaluate_ternary(args, kwargs) if ramping(trainer.model) else output
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        if (loss := ternary.metrics.get(f"{prefix}_loss")) is not None:
-            output.metrics[f"{prefix}_ternary_loss"] = loss
-        return output
-
-    def evaluate_ternary(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Trainers gather figures of their own on the way; they are to be of the model that trains.
-        gathered = [vars(trainer).get(name) for name in ("_metrics", "_stored_metrics")]
-        kept = [(held, copy.deepcopy(held["eval"])) for held in gathered if held and "eval" in held]
-        with fully_ternary(trainer.model):
-            ternary = evaluation_loop(*args, **(kwargs | {"prediction_loss_only": True}))
-        for held, figures in kept:
-            held["eval"] = figures
-        return ternary
-
-    trainer.evaluation_loop = evaluate_both
 
 
 def _layers(model: nn.Module) -> list[BitLinear]:

@@ -3,21 +3,29 @@
 ``kernel[grid](...)`` finds the compiled kernel anew from every argument, which takes longer than many of our
 kernels run. Here the caller says in a short key what the compiled kernel depends on, and the second launch
 with the same key goes straight to it.
+
+Uses ``run``, ``function`` and ``packed_metadata`` of Triton's compiled kernels, the nine leading arguments of
+its launcher and ``driver.active.get_current_stream`` (run on Triton 3.8 and 3.9). Without one of them kernels
+are launched as Triton does it, which is slower, and a warning says so. Test: tests/test_upstream_names.py.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arithmetic import INTERPRET
+
+LOG = logging.getLogger("axolotl.bitnet")
 
 _MOST = 10_000  # launches remembered; shapes of a training run are far fewer
 _launches: dict[tuple[Any, ...], Callable[..., None]] = {}
@@ -77,15 +85,30 @@ def _launch(
         _launches[key] = _direct(compiled, programs, device)
 
 
+_LAUNCHER = (
+    "gridX", "gridY", "gridZ", "stream", "function",
+    "kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook",
+)  # fmt: skip
+
+
 def _direct(compiled: Any, programs: int, device: int) -> Callable[..., None]:
     """What ``compiled[grid]`` does, less its lookups and hooks; itself, should Triton change it."""
-    start = ["gridX", "gridY", "gridZ", "stream", "function"]
-    if list(inspect.signature(compiled.run).parameters)[: len(start)] != start:
-        return compiled[(programs, 1, 1)]
-    stream_of = driver.active.get_current_stream
+    try:
+        names = tuple(inspect.signature(compiled.run).parameters)[: len(_LAUNCHER)]
+        if names != _LAUNCHER:
+            raise AttributeError(f"its launcher takes {', '.join(names)}")
+        stream_of = driver.active.get_current_stream
+        no_hooks = (compiled.function, compiled.packed_metadata, None, None, None)
+    except (AttributeError, TypeError, ValueError) as error:
+        _say_slower(str(error))
+        return cast(Callable[..., None], compiled[(programs, 1, 1)])
     run = partial(compiled.run, programs, 1, 1)
-    no_hooks = (compiled.function, compiled.packed_metadata, None, None, None)
     return lambda *args: run(stream_of(device), *no_hooks, *args)
+
+
+@cache
+def _say_slower(reason: str) -> None:
+    LOG.warning("Triton %s launches kernels itself, which is slower: %s", triton.__version__, reason)
 
 
 @cache

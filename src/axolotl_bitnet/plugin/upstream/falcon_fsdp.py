@@ -1,7 +1,7 @@
 """Axolotl's check that refuses FSDP for every base named "falcon", for ternary runs only.
 
-Upstream name: ``check_falcon_fsdp`` of Axolotl's config class (0.21; 0.19 has none). Without it nothing is
-refused, and nothing is changed here.
+Changes ``check_falcon_fsdp`` of Axolotl's config class (0.21; 0.19 has none). Without it nothing is refused,
+and nothing is changed. Tests: tests/test_sharding.py, tests/test_upstream_names.py.
 """
 
 from __future__ import annotations

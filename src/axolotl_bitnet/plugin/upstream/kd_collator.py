@@ -1,4 +1,8 @@
-"""Axolotl's kd plugin, with samples packed: no conversation may see another."""
+"""Axolotl's kd plugin, with samples packed: no conversation may see another.
+
+Changes the trainer's ``data_collator`` and ``eval_data_collator`` (run on Axolotl 0.19 and 0.21). A trainer
+without them is refused before training. Tests: tests/test_distillation.py, tests/test_upstream_names.py.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,16 @@ class PackedApart:
 
 
 def keep_packed_apart(trainer: Any) -> None:
-    """Give a kd trainer collators that keep packed samples apart."""
+    """Give a kd trainer collators that keep packed samples apart.
+
+    Raises:
+        RuntimeError: this trainer has none to give.
+    """
+    if getattr(trainer, "data_collator", None) is None:
+        raise RuntimeError(
+            "`kd_trainer` with `sample_packing` and `use_onebitllms`: this trainer has no data_collator, and "
+            "packed conversations would attend to each other. Set `sample_packing: false`"
+        )
     for name in ("data_collator", "eval_data_collator"):
         if (collate := getattr(trainer, name, None)) is not None:
             setattr(trainer, name, PackedApart(collate))

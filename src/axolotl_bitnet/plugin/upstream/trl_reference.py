@@ -3,14 +3,14 @@
 DPO and IPO get the reference that Axolotl loads through the plugin's hooks, like the policy. For KTO and GRPO
 Axolotl loads one as well and drops it, and TRL loads another from the base's path: dense, another model than
 the policy ever was. Here the first takes the place of the second.
+
+Changes ``ref_model`` of TRL's trainers, and of its SyncRefModelCallback (run on TRL 1.9 and 1.14). Without
+the names that it takes a dense reference is refused before training. Tests: tests/test_references.py,
+tests/test_upstream_names.py.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,6 +62,9 @@ def settle_reference(trainer: Any, loaded: nn.Module | None) -> nn.Module | None
 def _why_not(trainer: Any, loaded: nn.Module | None) -> str | None:
     if loaded is None or not is_ternary(loaded):
         return "Axolotl loaded no ternary reference beside it"
+    prepare = getattr(getattr(trainer, "accelerator", None), "prepare_model", None)
+    if prepare is None or not hasattr(getattr(trainer, "callback_handler", None), "callbacks"):
+        return "this trainer has no accelerator.prepare_model, or no callback_handler.callbacks"
     for attribute, name in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
         if getattr(trainer, attribute, False):
             return f"under {name} it is sharded already. Use DDP or one process"
@@ -80,41 +83,6 @@ def refuse_dense_judges(trainer: Any) -> None:
                 f"`trl.reward_funcs`: {config.name_or_path} holds the latents of a ternary reward model, and "
                 "TRL computes them as dense weights. Name its packed/ folder instead"
             )
-
-
-def key_precomputed_references() -> None:
-    """Make TRL's cache of precomputed reference log-probabilities tell ternary models from dense ones.
-
-    The cache file lies beside the prepared dataset, under a hash of the dataset and of the model's tensors. A
-    ternary model has the tensors of the dense one that it was made from. Dense models keep their hash.
-
-    Raises:
-        RuntimeError: this TRL keys its cache in another way.
-    """
-    import trl
-    from trl.trainer import dpo_trainer
-
-    original = getattr(dpo_trainer, "hash_module", None)
-    if original is None:
-        raise RuntimeError(
-            f"`precompute_ref_log_probs` with `use_onebitllms`: TRL {trl.__version__} has no hash_module to "
-            "key its cache with, and could take log-probabilities of the dense model. Set it to false"
-        )
-    if not hasattr(original, "tells_ternary"):
-        dpo_trainer.hash_module = _telling_ternary(original)
-
-
-def _telling_ternary(hash_module: Callable[[nn.Module], str]) -> Callable[[nn.Module], str]:
-    @functools.wraps(hash_module)
-    def hash_ternary(module: nn.Module) -> str:
-        found = hash_module(module)
-        if not is_ternary(module):
-            return found
-        names = json.dumps(getattr(getattr(module, "config", None), CONFIG_KEY, None), sort_keys=True)
-        return hashlib.sha256(f"{found} {names}".encode()).hexdigest()
-
-    hash_ternary.tells_ternary = True  # type: ignore[attr-defined]
-    return hash_ternary
 
 
 def refuse_dense_reference(cfg: Any, trainer: Any) -> None:

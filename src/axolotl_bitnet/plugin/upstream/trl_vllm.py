@@ -4,6 +4,10 @@ vLLM computes whatever weights it is given as dense ones. So a BitLinear's weigh
 and everything else as it is, under the names, shapes and dtypes that TRL would push. vLLM does not quantize
 activations to 8 bits: its probabilities are near the policy's, not equal to them, and TRL's importance
 sampling corrects for the difference.
+
+Changes ``sync_weights``, and ``_iter_named_params`` (run on TRL 1.14) or ``_push_param_to_vllm`` (1.9), of a
+trainer's ``vllm_generation``. Without these names `trl.use_vllm` is refused before training. Tests:
+tests/test_rollouts.py, tests/test_upstream_names.py.
 """
 
 from __future__ import annotations
@@ -20,6 +24,11 @@ from ...layers.bitlinear import BitLinear
 from ...model.fingerprint import clean_name
 from ...ternary import dequantize
 
+_UNKNOWN = (
+    "`trl.use_vllm` with `use_onebitllms`: this TRL pushes weights in a way that is not known here, and vLLM "
+    "would generate from the latents. Set it to false"
+)
+
 
 def dense_ternary(weight: Tensor) -> Tensor:
     """``codes / s`` of latents (rows, columns), in their own dtype and on their device."""
@@ -34,6 +43,9 @@ def push_dense_ternary(generation: Any, policy: nn.Module) -> None:
         RuntimeError: here, if this TRL pushes weights in a way that is not known, or reloads the base's
             latents after the push; on a sync that passed a ternary weight by, before anything is generated.
     """
+    known = ("enable_sleep_mode", "sync_weights")
+    if any(not hasattr(generation, name) for name in known):
+        raise RuntimeError(_UNKNOWN)
     names = {
         f"{clean_name(name)}.weight"
         for name, module in policy.named_modules()
@@ -66,10 +78,7 @@ def push_dense_ternary(generation: Any, policy: nn.Module) -> None:
         push = generation._push_param_to_vllm
         generation._push_param_to_vllm = lambda name, value: push(name, as_pushed(name, value))
     else:
-        raise RuntimeError(
-            "`trl.use_vllm` with `use_onebitllms`: this TRL pushes weights in a way that is not known here, "
-            "and vLLM would generate from the latents. Set it to false"
-        )
+        raise RuntimeError(_UNKNOWN)
 
     def sync_weights() -> None:
         pushed.clear()

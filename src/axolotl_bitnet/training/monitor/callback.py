@@ -8,9 +8,7 @@ that it has.
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,12 @@ from transformers import TrainerCallback
 
 from ...layers.bitlinear import BitLinear
 from ...run_folder import CHECKPOINT, MONITOR_FILE
+from ..log import info, is_main_process, warn
 from .figures import Observation, observe
 from .sampling import Unwatchable
 from .start_codes import load_start, save_start
 
 __all__ = ["MONITOR_FILE", "Monitor", "Observation", "observe"]
-
-LOG = logging.getLogger("axolotl.bitnet")
-
 
 PATIENCE = 10  # steps without a flip before it is said
 NO_FLIPS = 1e-6  # share of all codes
@@ -63,7 +59,7 @@ class Monitor(TrainerCallback):
             seen = observe(kwargs["model"], None, rates, self.precision)
         except Unwatchable as error:
             self.seen = None
-            _say(logging.INFO, f"the monitor is off: {error}")
+            info(f"the monitor is off: {error}")
             return
         if self.resumed is not None:
             seen = observe(kwargs["model"], self._from_the_start(seen, self.resumed), rates, self.precision)
@@ -111,7 +107,7 @@ class Monitor(TrainerCallback):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(missing)  # of all ranks or of none
         if found is None or missing:
-            _say(logging.INFO, f"{resumed} has no codes of the run's start: flips are counted from here")
+            info(f"{resumed} has no codes of the run's start: flips are counted from here")
             return seen
         start, scales = found
         layers = {name: replace(view, scale_start=scales[name]) for name, view in seen.layers.items()}
@@ -159,7 +155,7 @@ class Monitor(TrainerCallback):
     def _once(self, what: str, text: str) -> None:
         if what not in self.warned:
             self.warned.add(what)
-            _say(logging.WARNING, text)
+            warn(text)
 
 
 def _say_what_can_move(seen: Observation, rate: float) -> None:
@@ -170,7 +166,7 @@ def _say_what_can_move(seen: Observation, rate: float) -> None:
     )
     if movable < 0.5:
         text += f". Raise the rate, or {_FINER}"
-    _say(logging.WARNING if movable < 0.5 else logging.INFO, text)
+    (warn if movable < 0.5 else info)(text)
 
 
 def _rates(optimizer: Any, key: str, otherwise: float) -> Any:
@@ -197,7 +193,7 @@ def _rates(optimizer: Any, key: str, otherwise: float) -> Any:
 
 
 def _write(folder: Path, seen: Observation, step: int) -> None:
-    if not _is_first():
+    if not is_main_process():
         return
     layers = {
         name: {
@@ -216,12 +212,3 @@ def _write(folder: Path, seen: Observation, step: int) -> None:
 
 def _number(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _say(level: int, text: str) -> None:
-    if _is_first():
-        LOG.log(level, "%s", text)

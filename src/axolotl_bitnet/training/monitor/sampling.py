@@ -71,7 +71,7 @@ def _shard(name: str, weight: Any, unit: Any) -> tuple[Tensor, tuple[dist.Proces
         mesh = weight.device_mesh
         dims = [dim for dim, placement in enumerate(weight.placements) if placement.is_shard()]
         groups = tuple(mesh.get_group(dim) for dim in dims)
-        local = weight._local_tensor
+        local = weight.to_local().detach()
         device = local.device
         if device.type != mesh.device_type:  # offloaded
             device = torch.device(

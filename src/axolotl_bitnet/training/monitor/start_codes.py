@@ -7,7 +7,6 @@ most 2 MiB in all.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...ops import pack_codes, unpack_codes
+from ..log import is_main_process, rank
 from .figures import Observation
 
 _FILE = "bitnet_monitor_{rank}.safetensors"
@@ -23,19 +23,17 @@ _FILE = "bitnet_monitor_{rank}.safetensors"
 
 def save_start(folder: Path, seen: Observation) -> None:
     """Write this rank's part into a checkpoint."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank and not seen.sharded:
+    if not is_main_process() and not seen.sharded:
         return
     tensors = {f"codes.{index}": _packed(codes) for index, codes in enumerate(seen.start)}
     tensors["scales"] = torch.tensor([v.scale_start for v in seen.layers.values()], dtype=torch.float64)
-    save_file(tensors, folder / _FILE.format(rank=rank), metadata={"layers": json.dumps(list(seen.layers))})
+    save_file(tensors, folder / _FILE.format(rank=rank()), metadata={"layers": json.dumps(list(seen.layers))})
 
 
 def load_start(folder: Path, seen: Observation) -> tuple[list[Tensor], dict[str, float]] | None:
     """Codes in the shapes of ``seen.start`` and absmeans by layer; None if they are not there, or of other
     layers or shards."""
-    rank = int(os.environ.get("RANK", "0")) if seen.sharded else 0
-    path = folder / _FILE.format(rank=rank)
+    path = folder / _FILE.format(rank=rank() if seen.sharded else 0)
     if not path.is_file():
         return None
     try:

@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 from torch.utils.weak import TensorWeakRef
 
 from axolotl_bitnet import ops, ternary
-from axolotl_bitnet.layers.bitlinear import shared_codes
+from axolotl_bitnet.layers.bitlinear import shared_activation_codes
 from axolotl_bitnet.layers.fused_llama import RMSNorm, SwiGLU, fuse_layers
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from support.layers import Pair, close, gradients, kinds, mlps, norms, pair_of, run_module, saving
@@ -305,12 +305,12 @@ def test_the_norm_leaves_the_codes_of_what_it_returns(
     with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         y = fused(x)
     assert y.requires_grad == grad
-    codes, r = shared_codes(y, dtype)
+    codes, r = shared_activation_codes(y, dtype)
     expected, scales = ternary.quantize_activations(y.detach().to(dtype))
     assert torch.equal(codes, expected) and torch.equal(r, scales) and not quantized
     assert not codes.requires_grad and not r.requires_grad
     z = y * 1 if grad else y
-    shared_codes(z.mul_(2), dtype)
+    shared_activation_codes(z.mul_(2), dtype)
     assert len(quantized) == 1  # changed, and so quantized again
 
 
@@ -325,7 +325,7 @@ def test_codes_of_a_norm_go_with_its_output(pair) -> None:
     _, fused = norms(pair)
     x = torch.randn(3, 64, requires_grad=True)
     y = fused(x)
-    kept = [TensorWeakRef(tensor) for tensor in (y, *shared_codes(y, y.dtype))]
+    kept = [TensorWeakRef(tensor) for tensor in (y, *shared_activation_codes(y, y.dtype))]
     y.sum().backward()
     del y
     assert all(reference() is None for reference in kept)  # at once: no cycle

@@ -18,7 +18,7 @@ from axolotl_bitnet.training.fsdp2_gather import gather_ternary
 from axolotl_bitnet.training.monitor import sampling as sample
 from axolotl_bitnet.training.monitor.callback import Observation, observe
 from axolotl_bitnet.training.monitor.sampling import Unwatchable
-from axolotl_bitnet.training.monitor.start_codes import load_start, save_start
+from axolotl_bitnet.training.monitor.start_weight_codes import load_start, save_start
 from support.sharded import WORLD, batch, build, in_ranks
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from axolotl_bitnet.report import page as page_module
 from axolotl_bitnet.report.charts import charts, grids
 from axolotl_bitnet.report.draw import _LIGHT, _curves
 from axolotl_bitnet.report.record import HIDDEN, redact
-from axolotl_bitnet.report.run_files import Layer, read_run, row_and_column
+from axolotl_bitnet.report.run_files import TrainedLayer, read_run, row_and_column
 from support import reports
 from support.reports import Page, loads, page_of
 
@@ -388,9 +388,11 @@ def test_where_layers_stand() -> None:
 
 def test_grids_order_layers_and_average_experts() -> None:
     layers = [
-        Layer(f"m.{i}.mlp.{p}", (8, 8), zeros=i / 100) for i in (10, 9) for p in ("down_proj", "up_proj")
+        TrainedLayer(f"m.{i}.mlp.{p}", (8, 8), zeros=i / 100)
+        for i in (10, 9)
+        for p in ("down_proj", "up_proj")
     ]
-    layers += [Layer("m.9.e.0.w1", (1, 3), zeros=0.5), Layer("m.9.e.1.w1", (1, 1), zeros=0.1)]
+    layers += [TrainedLayer("m.9.e.0.w1", (1, 3), zeros=0.5), TrainedLayer("m.9.e.1.w1", (1, 1), zeros=0.1)]
     (grid,) = grids(layers)
     assert (grid.rows, grid.columns) == (["m.9", "m.10"], ["up_proj", "down_proj", "*.w1"])
     assert grid.values[0] == pytest.approx([0.09, 0.09, 0.4])

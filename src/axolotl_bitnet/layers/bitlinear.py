@@ -72,7 +72,7 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, int8_grad: 
     """
     dtype = compute_dtype(x)
     with no_autocast(x):
-        codes, r = shared_codes(x, dtype)
+        codes, r = shared_activation_codes(x, dtype)
         return _BitLinear.apply(x, codes, r, weight, bias, dtype, int8_grad)
 
 
@@ -119,7 +119,7 @@ def ramped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ramp: Tensor) 
         raise RuntimeError("a ramp mixes codes with latents, and FSDP2 gathers codes only: gather natively")
     dtype = compute_dtype(x)
     with no_autocast(x):
-        codes, r = shared_codes(x, dtype)
+        codes, r = shared_activation_codes(x, dtype)
         return _Ramped.apply(x, codes, r, weight, bias, ramp.to(x.device), dtype)
 
 
@@ -204,7 +204,7 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return (rows @ x).to(dtype)
 
 
-def shared_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def shared_activation_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes and scales of ``x.to(dtype)``, made once for all layers that read the same tensor.
 
     They hang on the tensor object, which q, k and v (or gate and up) get in turn, and go with it. A write
@@ -219,12 +219,12 @@ def shared_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return held.codes, held.r
     codes, r = ops.quantize_activations(x.detach(), dtype)
     if x.requires_grad:
-        share_codes(x, dtype, codes, r)
+        share_activation_codes(x, dtype, codes, r)
     return codes, r
 
 
-def share_codes(x: Tensor, dtype: torch.dtype, codes: Tensor, r: Tensor) -> None:
-    """Leave on x the codes and scales of ``x.to(dtype)``, for :func:`shared_codes`."""
+def share_activation_codes(x: Tensor, dtype: torch.dtype, codes: Tensor, r: Tensor) -> None:
+    """Leave on x the codes and scales of ``x.to(dtype)``, for :func:`shared_activation_codes`."""
     setattr(x, _HELD, _Held(weakref.ref(x), x._version, dtype, codes, r))
 
 

@@ -25,8 +25,8 @@ from .bitlinear import (
     compute_dtype,
     input_gradient,
     no_autocast,
-    share_codes,
-    shared_codes,
+    share_activation_codes,
+    shared_activation_codes,
     weight_gradient,
 )
 from .weight_codes import ternarize
@@ -97,7 +97,7 @@ class RMSNorm(nn.Module):
         with no_autocast(x):
             y, codes, r = _RMSNorm.apply(x, self.weight, eps, dtype)
         if not y.is_inference():
-            share_codes(y, dtype, codes, r)
+            share_activation_codes(y, dtype, codes, r)
         return y
 
 
@@ -105,7 +105,7 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, int8_grad: bool = 
     """Functional form of :class:`SwiGLU`: x (..., hidden) and three latent weights, (..., hidden)."""
     dtype = compute_dtype(x)
     with no_autocast(x):
-        codes, r = shared_codes(x, dtype)
+        codes, r = shared_activation_codes(x, dtype)
         return _SwiGLU.apply(x, codes, r, gate, up, down, dtype, int8_grad)
 
 

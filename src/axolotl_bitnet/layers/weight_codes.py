@@ -37,14 +37,14 @@ def ternarize(weight: Tensor) -> _Codes:
     return codes
 
 
-def keep_codes() -> None:
+def keep_weight_codes() -> None:
     """From now on, no weight changes. What an earlier call kept is forgotten."""
     global _kept
     _forget_after_optimizer_steps()
     _kept = {}
 
 
-def forget_codes() -> None:
+def forget_weight_codes() -> None:
     """From now on, weights may change."""
     global _kept
     _kept = None
@@ -52,14 +52,14 @@ def forget_codes() -> None:
 
 @cache
 def _forget_after_optimizer_steps() -> None:
-    register_optimizer_step_post_hook(lambda *_: forget_codes())
+    register_optimizer_step_post_hook(lambda *_: forget_weight_codes())
 
 
 @contextmanager
 def weights_unchanged() -> Iterator[None]:
     """For training loops of one's own: no weight changes inside this block."""
-    keep_codes()
+    keep_weight_codes()
     try:
         yield
     finally:
-        forget_codes()
+        forget_weight_codes()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ternary import dequantize, latents_of, scale_of, ternarize
+from .names import first_few
 from .whole_weights import gathered
 
 NEVER_TERNARY = 0.4
@@ -52,15 +53,18 @@ class Preflight:
         lines = []
         if self.broken:
             lines.append(
-                f"the base holds NaN or Inf in {_some(self.broken)}: every output of these layers will be NaN"
+                f"the base holds NaN or Inf in {first_few(self.broken)}: every output of these layers will "
+                "be NaN"
             )
         if self.zero:
             lines.append(
-                f"the base is all zero in {_some(self.zero)}: these layers cannot learn a scale from zeros"
+                f"the base is all zero in {first_few(self.zero)}: these layers cannot learn a scale from "
+                "zeros"
             )
         if self.shrunk:
             lines.append(
-                f"the base is dense ternary in {_some(self.shrunk)} with a scale that latents cannot carry: "
+                f"the base is dense ternary in {first_few(self.shrunk)} with a scale that latents cannot "
+                "carry: "
                 "these layers start smaller than they were"
             )
         if maybe_dense and self.change > NEVER_TERNARY:
@@ -123,8 +127,3 @@ def _inspect(name: str, weight: Tensor, result: Preflight) -> Tensor | None:
 
 def _two_valued(weight: Tensor, magnitude: Tensor) -> bool:
     return bool(((weight == 0) | (weight.abs() == magnitude)).all())
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

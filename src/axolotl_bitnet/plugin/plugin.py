@@ -23,7 +23,7 @@ from ..model.preflight import preflight
 from ..storage.atomic import CheckpointError
 from ..storage.safetensors_stream import CheckpointReader
 from ..ternary import DEFINITION
-from ..training.keep_codes import KeepCodes
+from ..training.keep_weight_codes import KeepWeightCodes
 from ..training.latents import match_reference, restore_low_bits, ternary_name_patterns, upcast_trainable
 from ..training.log import info, is_main_process, warn
 from ..training.rounding import seed_the_rounding
@@ -169,7 +169,7 @@ class BitNetPlugin(BasePlugin):
                 cfg, trainer, _options(cfg).gather
             )  # a ramp ends before codes are gathered
         rereads = (cfg.gradient_accumulation_steps or 1) > 1 or bool(cfg.gradient_checkpointing)
-        return callbacks + ([KeepCodes()] if rereads else [])
+        return callbacks + ([KeepWeightCodes()] if rereads else [])
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if not cfg.use_onebitllms:

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..model.names import first_few
 from ..storage.atomic import CheckpointError
 from ..storage.trainer_checkpoint import checkpoints, problems, trainer_state
 from ..training.log import info, is_main_process
@@ -189,9 +190,9 @@ def refuse_other_layers(checkpoint: Path, converted: Iterable[str], definition: 
     if then != now:
         parts = []
         if then - now:
-            parts.append(f"ternary there and dense now: {_some(then - now)}")
+            parts.append(f"ternary there and dense now: {first_few(sorted(then - now))}")
         if now - then:
-            parts.append(f"dense there and ternary now: {_some(now - then)}")
+            parts.append(f"dense there and ternary now: {first_few(sorted(now - then))}")
         raise ResumeError(
             f"{checkpoint} was trained with other ternary layers ({'; '.join(parts)}). Set skip_modules "
             f"back, or start a new run with base_model: {checkpoint}"
@@ -219,8 +220,3 @@ def _problems(folder: Path) -> list[str]:
         return found
     entry = recorded(folder)
     return problems(folder, entry.get("ranks")) if entry else []
-
-
-def _some(names: set[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .run_files import Layer, Run, number, row_and_column
+from .run_files import Run, TrainedLayer, number, row_and_column
 
 _POINTS = 300  # more are not seen, and weigh; neighbours are averaged
 
@@ -143,7 +143,7 @@ def charts(run: Run) -> list[Chart]:
     return [_with_rates(chart, run.config) if chart.slug == "learning-rate" else chart for chart in drawn]
 
 
-def grids(layers: Iterable[Layer]) -> list[Grid]:
+def grids(layers: Iterable[TrainedLayer]) -> list[Grid]:
     """Heat maps of layer x projection, for what is known of the layers."""
     known = list(layers)
     found = (
@@ -232,10 +232,10 @@ def _with_rates(chart: Chart, config: Mapping[str, Any]) -> Chart:
 
 
 def _grid(
-    layers: list[Layer],
+    layers: list[TrainedLayer],
     slug: str,
     title: str,
-    value_of: Callable[[Layer], float | None],
+    value_of: Callable[[TrainedLayer], float | None],
     note: str,
     signed: bool = False,
 ) -> Grid | None:

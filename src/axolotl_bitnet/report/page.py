@@ -13,7 +13,7 @@ from ..storage.atomic import whole_folder
 from .charts import Chart, Grid, Series, charts, grids, others
 from .draw import COLOURS, png, show, svg
 from .facts import artifacts, commands, facts, summary, tiles, verdict
-from .run_files import Layer, ReportError, Run, read_run
+from .run_files import ReportError, Run, TrainedLayer, read_run
 
 _NEEDED = {"jinja2": "jinja2", "matplotlib": "matplotlib", "yaml": "PyYAML"}
 
@@ -113,7 +113,7 @@ def _extremes(drawing: Chart | Grid) -> str:
     return f"from {show(low, '%')} ({where_low}) to {show(high, '%')} ({where_high})"
 
 
-def _row(layer: Layer) -> dict[str, str]:
+def _row(layer: TrainedLayer) -> dict[str, str]:
     def share(value: float | None) -> str:
         return "" if value is None else show(value, "%")
 

@@ -19,7 +19,7 @@ class ReportError(ValueError):
 
 
 @dataclass
-class Layer:
+class TrainedLayer:
     """One ternary matrix: what training ended with (fingerprint) and how it came there (monitor)."""
 
     name: str
@@ -60,7 +60,7 @@ class Run:
     log: list[dict[str, Any]] = field(default_factory=list)
     log_from: str = ""
     bitnet: dict[str, Any] = field(default_factory=dict)
-    layers: dict[str, Layer] = field(default_factory=dict)
+    layers: dict[str, TrainedLayer] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -136,7 +136,7 @@ def _belongs(path: Path, record: dict[str, Any]) -> bool:
 def _read_layers(run: Run) -> None:
     tensors = _mapping(_mapping(run.bitnet.get("fingerprint")).get("tensors"))
     for name, entry in tensors.items():
-        layer = run.layers.setdefault(name, Layer(name))
+        layer = run.layers.setdefault(name, TrainedLayer(name))
         shape = _mapping(entry).get("shape")
         if isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) for n in shape):
             layer.shape = (shape[0], shape[1])
@@ -150,7 +150,7 @@ def _read_layers(run: Run) -> None:
         return
     monitor = _read(run, MONITOR_FILE, "how each layer moved is not known")
     for name, entry in _mapping(monitor.get("layers")).items():
-        layer = run.layers.setdefault(name, Layer(name))
+        layer = run.layers.setdefault(name, TrainedLayer(name))
         seen = {key: number(value) for key, value in _mapping(entry).items()}
         layer.zeros = layer.zeros if layer.zeros is not None else seen.get("zeros")
         layer.scale_start, layer.flips = seen.get("scale_start"), seen.get("flips_total")

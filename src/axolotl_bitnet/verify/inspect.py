@@ -19,6 +19,7 @@ from ..formats.registry import FORMATS
 from ..formats.third_party import multiplies
 from ..model.convert import convert_to_bitlinear
 from ..model.layer_plan import CONFIG_KEY, ConversionError, Plan
+from ..model.names import first_few
 from ..model.preflight import NEVER_TERNARY
 from ..ops import ROWS_PER_BYTE, unpack_codes
 from ..storage.atomic import CheckpointError, read_json
@@ -153,7 +154,7 @@ def _floating(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> I
     ]
     broken = [layer.name for layer in layers if layer.change != layer.change]
     if broken:
-        refused.append(f"training and packing: NaN or Inf in {_some(broken)}")
+        refused.append(f"training and packing: NaN or Inf in {first_few(broken)}")
     kind, detail = _kind_of(layers, found.kind in ("latents", "dense"))
     for layer in layers:
         if layer.shape[0] % ROWS_PER_BYTE:
@@ -249,7 +250,3 @@ def _told(keys: Any, entry: Callable[[Any], Entry]) -> Iterator[Any]:
     for key in keys:
         yield key
         advance(entry(key).nbytes)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

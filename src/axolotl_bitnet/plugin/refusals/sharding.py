@@ -72,11 +72,11 @@ def _distillation_refusals(cfg: Mapping[str, Any]) -> list[str]:
     )
     if not resharded and str(zero.get("stage")) != "3":
         return []
-    layout, instead = "ZeRO-3", "ZeRO-2"
+    sharding_name, instead = "ZeRO-3", "ZeRO-2"
     if resharded:
-        layout, instead = "FSDP", "FSDP2 with `reshard_after_forward: false`"
+        sharding_name, instead = "FSDP", "FSDP2 with `reshard_after_forward: false`"
     return [
-        f"`kd_trainer` under {layout}: Axolotl's distillation loss reads `lm_head.weight` outside the "
+        f"`kd_trainer` under {sharding_name}: Axolotl's distillation loss reads `lm_head.weight` outside the "
         f"model's forward, where it is a shard. Train on one GPU or with DDP, or use {instead}"
     ]
 

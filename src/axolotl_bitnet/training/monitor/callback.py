@@ -23,7 +23,7 @@ from ...run_folder import CHECKPOINT, MONITOR_FILE
 from ..log import info, is_main_process, warn
 from .figures import Observation, observe
 from .sampling import Unwatchable
-from .start_codes import load_start, save_start
+from .start_weight_codes import load_start, save_start
 
 __all__ = ["MONITOR_FILE", "Monitor", "Observation", "observe"]
 

@@ -6,23 +6,23 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..layers.weight_codes import forget_codes, keep_codes
+from ..layers.weight_codes import forget_weight_codes, keep_weight_codes
 
 
-class KeepCodes(TrainerCallback):
+class KeepWeightCodes(TrainerCallback):
     """Each weight is quantized once an optimizer step, at a byte a weight of memory.
 
     For steps that read the weights more than once: of several micro-batches, or with checkpointing.
     """
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        keep_codes()
+        keep_weight_codes()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        forget_codes()
+        forget_weight_codes()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        forget_codes()
+        forget_weight_codes()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        forget_codes()
+        forget_weight_codes()

@@ -16,8 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef
 
 from axolotl_bitnet import ops, ternary
+<<<<<<< HEAD:tests/test_shared_codes.py
 from axolotl_bitnet.layers.bitlinear import share_codes, shared_codes
 from support.layers import Attention, layer_for
+=======
+from axolotl_bitnet.layers.bitlinear import share_activation_codes, shared_activation_codes
+>>>>>>> fbf50e2 (Names say which codes they are of; one helper for ranks, one for names in sentences; a report's layer is a TrainedLayer):tests/test_shared_activation_codes.py
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def test_what_is_shared_is_the_definition(dtype: torch.dtype) -> None:
     x = torch.randn(2, 5, 24, requires_grad=True)[:, 1:]
     codes, r = ternary.quantize_activations(x.detach().to(dtype))
     for _ in range(2):
-        shared = shared_codes(x, dtype)
+        shared = shared_activation_codes(x, dtype)
         assert torch.equal(shared[0], codes) and torch.equal(shared[1], r)
         assert not any(part.requires_grad for part in shared)
     assert [id(part) for part in codes_on(x)] == [id(part) for part in shared]
@@ -108,7 +112,7 @@ def test_codes_left_by_another_operation_are_taken(quantized: list) -> None:
     """What the fused norm does."""
     x = torch.randn(4, 24)
     attention = Attention()
-    share_codes(x, torch.float32, *ternary.quantize_activations(x))
+    share_activation_codes(x, torch.float32, *ternary.quantize_activations(x))
     y = attention.q(x)
     assert not quantized and torch.equal(y, attention.q(x.clone()))
     assert len(quantized) == 1
@@ -181,7 +185,7 @@ def test_a_copy_of_a_tensor_never_has_stale_codes(
 def test_a_file_of_a_tensor_holds_no_codes() -> None:
     x = torch.randn(50, 24)
     plain = len(pickle.dumps(x.clone()))
-    shared_codes(x, x.dtype)
+    shared_activation_codes(x, x.dtype)
     assert len(pickle.dumps(x)) < plain + 400  # the codes are 1200 bytes
     stream = io.BytesIO()
     torch.save(copy.deepcopy(x), stream)
@@ -302,7 +306,7 @@ def test_compiling_leaves_the_attribute_alone() -> None:
     assert not codes_on(x)
     assert torch.equal(attention(x), y)
     wrong = torch.zeros(4, 24, dtype=torch.int8), torch.ones(4, 1)
-    share_codes(x, torch.float32, *wrong)
+    share_activation_codes(x, torch.float32, *wrong)
     assert not torch.equal(attention(x), y)  # eager takes it
     assert torch.equal(compiled(x), y)  # compiled does not look
     assert [id(part) for part in codes_on(x)] == [id(part) for part in wrong]

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from axolotl_bitnet import ops
 from axolotl_bitnet.layers.bitlinear import BitLinear
-from axolotl_bitnet.layers.weight_codes import forget_codes, keep_codes, ternarize, weights_unchanged
+from axolotl_bitnet.layers.weight_codes import (
+    forget_weight_codes,
+    keep_weight_codes,
+    ternarize,
+    weights_unchanged,
+)
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 
 
@@ -27,7 +32,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
 
     monkeypatch.setattr(ops, "ternarize", counting)
     yield weights
-    forget_codes()
+    forget_weight_codes()
 
 
 def step(layer: BitLinear, x: Tensor) -> Tensor:
@@ -111,7 +116,7 @@ def test_a_window_left_open_ends_with_the_optimizers_step(
     """What an interrupted run leaves behind: a loop of one's own must not train on codes of long ago."""
     layer = BitLinear(24, 8)
     optimizer = optimizer_of(layer)
-    keep_codes()
+    keep_weight_codes()
     step(layer, torch.randn(6, 24))
     optimizer.step()
     for _ in range(2):  # the window is closed: every forward quantizes
@@ -197,7 +202,7 @@ def test_the_trainers_callbacks_open_and_close_the_window(
     """Two micro-batches a step: each weight once a step, and again where the trainer evaluates."""
     from transformers import Trainer, TrainingArguments
 
-    from axolotl_bitnet.training.keep_codes import KeepCodes
+    from axolotl_bitnet.training.keep_weight_codes import KeepWeightCodes
 
     model = tiny_model("Llama")
     names = convert_to_bitlinear(model)
@@ -212,11 +217,11 @@ def test_the_trainers_callbacks_open_and_close_the_window(
         use_cpu=True,
         save_strategy="no",
     )
-    trainer = Trainer(model, args, train_dataset=data, callbacks=[KeepCodes()])
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[KeepWeightCodes()])
     trainer.train()
     assert len(made) == 3 * len(names)
     trainer.evaluate(data[:2])
     assert len(made) == 4 * len(names)
-    keep_codes()
+    keep_weight_codes()
     model(ids[:1])
     assert len(made) == 5 * len(names)  # a new window begins with nothing

@@ -25,6 +25,7 @@ from axolotl_bitnet.model.fingerprint import Fingerprint, TensorFingerprint, fin
 from axolotl_bitnet.model.layer_plan import ConversionError
 from axolotl_bitnet.plugin import plugin as plugin_module
 from axolotl_bitnet.storage.safetensors_stream import INDEX
+from axolotl_bitnet.training.log import LOG
 from axolotl_bitnet.verify.verify import VerificationError, verify_checkpoint
 from support import TINY
 from support.processes import python
@@ -73,8 +74,8 @@ class _NoOnebitllms:
 def test_a_run_learns_packs_and_verifies(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "meta_path", [_NoOnebitllms(), *sys.meta_path])
     log = _Log()
-    monkeypatch.setattr(plugin_module.LOG, "handlers", [log])
-    monkeypatch.setattr(plugin_module.LOG, "level", logging.INFO)
+    monkeypatch.setattr(LOG, "handlers", [log])
+    monkeypatch.setattr(LOG, "level", logging.INFO)
     run = train(config(tmp_path, base, max_steps=8, bitnet={"learning_rate_multiplier": 3}))
     out = tmp_path / "out"
 
@@ -310,6 +311,7 @@ def test_fsdp2_gathers_codes_unless_told_otherwise(said: list[str]) -> None:
     for wish in ({}, {"gather": "auto"}, {"gather": "ternary"}):
         (callback,) = callbacks_under(2, **wish)
         assert type(callback).__name__ == "GatherTernary" and "2-bit codes" in said.pop()
+        assert callback.required == (wish.get("gather") == "ternary")
     assert callbacks_under(2, gather="native") == [] and "bitnet.gather: native" in said.pop()
     assert callbacks_under(1) == [] and not said
 

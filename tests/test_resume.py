@@ -31,6 +31,7 @@ from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.storage.safetensors_stream import INDEX
 from axolotl_bitnet.storage.trainer_checkpoint import problems
 from axolotl_bitnet.ternary import ternarize
+from axolotl_bitnet.training.log import LOG
 from axolotl_bitnet.verify.verify import verify_checkpoint
 from support import TINY
 from support.kills import kill_at_every_change
@@ -288,7 +289,7 @@ def test_a_run_passes_over_what_is_not_whole(
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    monkeypatch.setattr(plugin_module.LOG, "handlers", [handler])
+    monkeypatch.setattr(LOG, "handlers", [handler])
     keys = settings(
         workplace, "x", bases["latent"], output_dir=str(damaged), auto_resume_from_checkpoints=True
     )
@@ -314,12 +315,14 @@ def test_killed_at_every_change_of_a_checkpoints_save(
 
     seen: list[dict[str, bytes]] = []
     outcome: list[str] = []
-    save = plugin_module.guard
+    save = plugin_module.forget_before_saving
 
     def guard(trainer: Trainer) -> None:
-        save(trainer)
-        guarded = trainer._save_checkpoint
         here = out / "checkpoint-4"
+        shutil.copytree(old, here)  # there when the run begins
+        save(trainer)
+        shutil.rmtree(here)
+        guarded = trainer._save_checkpoint
 
         def killed(*args: Any, **kwargs: Any) -> None:
             shutil.copytree(old, here)
@@ -336,7 +339,7 @@ def test_killed_at_every_change_of_a_checkpoints_save(
 
         trainer._save_checkpoint = killed  # type: ignore[method-assign]
 
-    monkeypatch.setattr(plugin_module, "guard", guard)
+    monkeypatch.setattr(plugin_module, "forget_before_saving", guard)
     interrupted(settings(workplace, "saves", bases["latent"]), 5, monkeypatch)
     final = content(out / "checkpoint-4")
     assert not problems(out / "checkpoint-4", ranks=1)

@@ -16,6 +16,7 @@ are gathered as FSDP2 does it, and the log says so. Tests: tests/test_gather.py,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -193,7 +194,8 @@ def _try(model: nn.Module) -> str | None:
     except (AttributeError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:
-        gather_weights(model)
+        with suppress(AttributeError):  # where groups cannot be listed, nothing has been changed
+            gather_weights(model)
     return problem
 
 

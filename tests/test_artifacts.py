@@ -14,7 +14,7 @@ from torch import nn
 from axolotl_bitnet.formats.registry import FORMATS
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.model.fingerprint import Fingerprint, fingerprint_model
-from axolotl_bitnet.plugin.artifacts import finish_run, made_in, set_aside
+from axolotl_bitnet.plugin.artifacts import finish_run, made_in, refuse_taken, set_aside
 from axolotl_bitnet.run_folder import RUN_FILE
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json
 from axolotl_bitnet.storage.safetensors_stream import INDEX, SINGLE, SafetensorsWriter, weight_bytes
@@ -221,6 +221,7 @@ def test_previous_run_is_replaced(
     stale = {name for name in left_in(tmp_path) if name.startswith("model")} | {*SEVERAL, RUN_FILE}
     assert (INDEX in stale) == bool(options)
     assert set_aside(tmp_path) == sorted(stale)
+    stale |= {"made-by-axolotl-bitnet"}
     assert left_in(tmp_path / "_previous") == stale
     assert left_in(tmp_path) == (SAVED - {SINGLE}) | {"_previous"}
 
@@ -233,6 +234,50 @@ def test_previous_run_is_replaced(
     assert left_in(tmp_path) == SAVED | {"packed", RUN_FILE}
     head = load_file(tmp_path / SINGLE)["lm_head.weight"]
     assert torch.equal(head, model.get_parameter("lm_head.weight"))
+
+
+def test_what_is_the_users_stays(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """Folders with the names of artifacts, in which nothing is ours; and a file beside one of ours."""
+    finish_run(tmp_path, save(build(), tmp_path), ["packed"], verify=True)
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model-TQ2_0.gguf").write_bytes(b"GGUF ... axolotl_bitnet.config ...")
+    for name in ("mine.gguf", "model-TQ1_0.gguf"):
+        (tmp_path / "gguf" / name).write_bytes(b"GGUF")
+    for name in ("report", "dense", "mlx", "_previous", "_previous-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "index.html").write_text("mine")
+    (tmp_path / "dense" / "config.json").write_text('{"model_type": "llama"}')
+    assert set_aside(tmp_path) == sorted([SINGLE, "packed", "gguf", RUN_FILE])
+    mine = [
+        "gguf/mine.gguf",
+        "gguf/model-TQ1_0.gguf",
+        "report/index.html",
+        "dense/index.html",
+        "mlx/index.html",
+    ]
+    mine += ["_previous/index.html", "_previous-2/index.html"]
+    assert all((tmp_path / name).is_file() for name in mine)
+    assert (tmp_path / "_previous-3" / "gguf" / "model-TQ2_0.gguf").is_file()
+    assert finish_run(tmp_path, save(build(), tmp_path), ["packed"], verify=True).ok
+    assert all((tmp_path / name).is_file() for name in mine)
+    assert not (tmp_path / "_previous-3").exists()
+
+
+def test_artifacts_of_a_run_that_was_killed_are_ours(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """Without a bitnet.json, by the entry that each carries."""
+    finish_run(tmp_path, save(build(), tmp_path), SEVERAL, verify=True)
+    (tmp_path / RUN_FILE).unlink()
+    refuse_taken(tmp_path, SEVERAL)
+    assert set(set_aside(tmp_path)) == {SINGLE, *(FORMATS[name].folder for name in SEVERAL)}
+
+
+def test_an_export_over_something_else_is_refused_before_training(tmp_path: Path) -> None:
+    refuse_taken(tmp_path / "none", SEVERAL)
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "config.json").write_text("{}")
+    refuse_taken(tmp_path, ["dense"])
+    with pytest.raises(CheckpointError, match=r"packed is not an artifact of an earlier run.*`bitnet.export"):
+        refuse_taken(tmp_path, ["dense", "packed"])
 
 
 @pytest.mark.parametrize("export", [["packed"], []])

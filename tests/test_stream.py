@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from axolotl_bitnet.storage import safetensors_stream as stream
-from axolotl_bitnet.storage.atomic import CheckpointError, read_json, whole_folder, write_json
+from axolotl_bitnet.storage.atomic import (
+    CheckpointError,
+    read_json,
+    require_apart,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 from axolotl_bitnet.storage.parallel import row_ranges
 from axolotl_bitnet.storage.safetensors_stream import (
     DTYPES,
@@ -366,13 +374,68 @@ def old_folder(folder: Path) -> Path:
     return folder
 
 
+def ours(path: Path) -> bool:
+    return path.name in ("file", "stale")
+
+
+def test_a_folder_with_anything_else_is_not_replaced(tmp_path: Path) -> None:
+    target = old_folder(tmp_path / "out")
+    (target / "checkpoint-3").mkdir()
+    with (
+        pytest.raises(CheckpointError, match="checkpoint-3, which would be lost"),
+        whole_folder(target, ours),
+    ):
+        pytest.fail("must not be entered")
+    (target / "checkpoint-3").rmdir()
+    with pytest.raises(CheckpointError, match="holds notes"), whole_folder(target, ours) as work:
+        (work / "file").write_text("new")
+        (target / "notes").write_text("written in the meantime")
+    assert left_in(target) == ["file", "notes", "stale"] and left_in(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_file_or_a_link_is_not_replaced_by_a_folder(tmp_path: Path, link: bool) -> None:
+    target = tmp_path / "out"
+    old_folder(tmp_path / "elsewhere")
+    target.symlink_to(tmp_path / "elsewhere") if link else target.write_text("mine")
+    refused = pytest.raises(CheckpointError, match="is a link" if link else "is a file")
+    with refused, whole_folder(target, ours):
+        pytest.fail("must not be entered")
+    assert left_in(tmp_path) == ["elsewhere", "out"]
+    assert target.is_symlink() if link else target.read_text() == "mine"
+
+
+@pytest.mark.parametrize("before", [None, b"", b"GGUF of before", b"my notes"])
+def test_a_file_replaces_one_of_its_kind(tmp_path: Path, before: bytes | None) -> None:
+    target = tmp_path / "model.gguf"
+    if before is not None:
+        target.write_bytes(before)
+    refused = before == b"my notes"
+    with (
+        pytest.raises(CheckpointError, match="of another kind") if refused else nullcontext(),
+        whole_file(target, True, b"GGUF") as work,
+    ):
+        work.write_bytes(b"GGUF, new")
+    assert target.read_bytes() == (before if refused else b"GGUF, new")
+    assert left_in(tmp_path) == ["model.gguf"]
+
+
+def test_a_target_is_never_around_its_source(tmp_path: Path) -> None:
+    (tmp_path / "run" / "packed").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for target in (tmp_path / "run" / "packed", tmp_path / "run", tmp_path, tmp_path / "link"):
+        with pytest.raises(CheckpointError, match="would replace its own source"):
+            require_apart(tmp_path / "run" / "packed", target)
+    require_apart(tmp_path / "run", tmp_path / "run" / "packed")
+
+
 def test_folder_that_exists(tmp_path: Path) -> None:
     target = old_folder(tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"out exists.*--overwrite"), whole_folder(target):
         pytest.fail("must not be entered")
     assert (target / "file").read_text() == "old" and left_in(tmp_path) == ["out"]
 
-    with whole_folder(target, overwrite=True) as work:
+    with whole_folder(target, ours) as work:
         (work / "file").write_text("new")
         assert (target / "file").read_text() == "old"
     assert left_in(target) == ["file"] and (target / "file").read_text() == "new"
@@ -382,7 +445,7 @@ def test_folder_that_exists(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_folder_that_exists_on_an_error(tmp_path: Path, error: type[BaseException]) -> None:
     target = old_folder(tmp_path / "out")
-    with pytest.raises(error), whole_folder(target, overwrite=True) as work:
+    with pytest.raises(error), whole_folder(target, ours) as work:
         (work / "file").write_text("half")
         raise error
     assert left_in(target) == ["file", "stale"] and (target / "file").read_text() == "old"
@@ -405,7 +468,7 @@ def test_folder_that_exists_when_renaming_fails(
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", rename_or_fail)
-    with pytest.raises(OSError, match="renaming failed"), whole_folder(target, overwrite=True) as work:
+    with pytest.raises(OSError, match="renaming failed"), whole_folder(target, ours) as work:
         (work / "file").write_text("new")
     assert (target / "file").is_file(), f"the old folder went: {left_in(tmp_path)}"
     assert (target / "file").read_text() == "old"

@@ -30,6 +30,9 @@ ASIDE = "_previous"
 """Folder for a previous run's files while a run writes its own. Uploads to a hub leave out names that begin
 with an underscore."""
 
+MADE_HERE = "made-by-axolotl-bitnet"
+"""File in such a folder: without it, the folder is the user's and is never deleted."""
+
 CHECKPOINT = "checkpoint-"
 """Beginning of the folders that the Trainer saves in; the number of the step follows."""
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
+
+from ..storage.safetensors_stream import SINGLE
 
 LOG = logging.getLogger(__name__)
 
@@ -31,6 +34,13 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "voc
 
 MORE_TEMPLATES = "additional_chat_templates"
 """Folder beside them, where a tokenizer has several chat templates."""
+
+
+def written_here(path: Path) -> bool:
+    """Whether an entry of a folder has a name that this package's writers of folders give."""
+    if path.is_dir() and not path.is_symlink():
+        return path.name == MORE_TEMPLATES
+    return any(fnmatchcase(path.name, pattern) for pattern in (SINGLE, "config.json", *COMPANIONS))
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

@@ -16,11 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..storage.atomic import CheckpointError, whole_folder, write_json
+from ..storage.atomic import CheckpointError, require_apart, whole_folder, write_json
 from ..storage.parallel import one_thread
 from ..storage.safetensors_stream import SINGLE, Entry, SafetensorsWriter
 from .checkpoint import TernaryCheckpoint
-from .companions import copy_companions
+from .companions import copy_companions, written_here
 from .format import Format, Proof
 
 
@@ -66,9 +66,7 @@ class FolderFormat(Format):
         overwrite: bool = False,
         check: Proof | None = None,
     ) -> Path:
-        origin, target = source.folder.resolve(), Path(dst).resolve()
-        if target == origin or target in origin.parents:
-            raise CheckpointError(f"{dst} would replace its own source {source.folder}: name another folder")
+        require_apart(source.folder, Path(dst))
         for reason in self.refusals(source.config, source.companions):
             raise CheckpointError(f"{source.folder}: {reason}")
         config = self.config_of(source)
@@ -76,7 +74,7 @@ class FolderFormat(Format):
         announced = self._announced(source)
         require_shapes(source)
 
-        with whole_folder(dst, overwrite) as work:
+        with whole_folder(dst, written_here if overwrite else None) as work:
             with one_thread(), SafetensorsWriter(work / SINGLE, announced) as writer:
                 for key, entry in source.entries.items():
                     if key in layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
@@ -13,17 +14,15 @@ from typing import Any
 from ..formats.latent import LatentCheckpoint
 from ..formats.registry import FOLDERS, FORMATS, Row
 from ..model.fingerprint import Fingerprint
-from ..run_folder import ASIDE as _ASIDE
-from ..run_folder import REPORT, RUN_FILE
+from ..model.layer_plan import CONFIG_KEY
+from ..run_folder import ASIDE, MADE_HERE, PAGE, REPORT, RUN_FILE
 from ..storage.atomic import CheckpointError, read_json, write_json
 from ..storage.safetensors_stream import INDEX, weight_bytes
 from ..verify.verify import VerificationError, VerificationReport, compare
 
-_FOLDERS = "|".join((*FOLDERS, REPORT))
-_LEFTOVER = re.compile(
-    rf"{_ASIDE}(-\d+)?|\.({_FOLDERS})\.(partial|old)-.*"
-)  # or of a writing that was killed
+_LEFTOVER = re.compile(rf"\.({'|'.join((*FOLDERS, REPORT, ASIDE))})\.(partial|old)-.*")  # of a killed writing
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+_METADATA = 1 << 26  # bytes in which a GGUF file's is looked for
 
 
 def set_aside(output_dir: str | Path, weights: bool = True) -> list[str]:
@@ -31,24 +30,75 @@ def set_aside(output_dir: str | Path, weights: bool = True) -> list[str]:
     taken for this run's, nor mixed with them.
 
     They go to ``output_dir/_previous`` (``_previous-2``, ... if there is one) and are deleted by
-    :func:`finish_run` when this run's are in place.
+    :func:`finish_run` when this run's are in place. What nothing tells to be an artifact of ours stays where
+    it is.
     """
     folder = Path(output_dir)
     if not folder.is_dir():
         return []
-    stale = [
-        path
-        for path in folder.iterdir()
-        if (weights and _WEIGHTS.fullmatch(path.name)) or path.name in (*FOLDERS, RUN_FILE, REPORT)
-    ]
+    stale = [path for path in folder.iterdir() if weights and _WEIGHTS.fullmatch(path.name)]
+    stale += [folder / row.path for row in FORMATS.values() if is_artifact(folder, row.path)]
+    stale += [folder / RUN_FILE] * (folder / RUN_FILE).is_file()
+    stale += [folder / REPORT] * _is_report(folder / REPORT)
     if stale:
-        taken = {path.name for path in folder.iterdir()}
-        names = (f"{_ASIDE}-{n}" if n > 1 else _ASIDE for n in count(1))
-        aside = folder / next(name for name in names if name not in taken)
-        aside.mkdir()
+        aside = _new_aside(folder)
         for path in sorted(stale, key=_keystone, reverse=True):
-            path.rename(aside / path.name)
-    return sorted(path.name for path in stale)
+            moved = aside / path.relative_to(folder)
+            moved.parent.mkdir(exist_ok=True)
+            path.rename(moved)
+            if path.parent != folder and not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    return sorted({path.relative_to(folder).parts[0] for path in stale})
+
+
+def refuse_taken(output_dir: str | Path, export: Iterable[str]) -> None:
+    """Raise CheckpointError where an artifact would be written over something that no run made."""
+    for name in export:
+        path = Path(output_dir) / FORMATS[name].path
+        if path.exists() and not is_artifact(Path(output_dir), FORMATS[name].path):
+            raise CheckpointError(
+                f"{path} is not an artifact of an earlier run, and `bitnet.export: [{name}]` would write "
+                "there: move it away, set another output_dir, or take it out of `export`"
+            )
+
+
+def is_artifact(folder: Path, path: str) -> bool:
+    """Whether an output folder's ``bitnet.json`` lists this artifact, or it carries our entry itself, as
+    after a run that was killed."""
+    place = folder / path
+    if not place.exists():
+        return False
+    try:
+        artifacts = read_json(folder / RUN_FILE).get("artifacts")
+    except CheckpointError:
+        artifacts = None
+    entries = artifacts.values() if isinstance(artifacts, dict) else ()
+    if any(isinstance(entry, dict) and entry.get("path") == path for entry in entries):
+        return True
+    if place.is_dir():
+        try:
+            return CONFIG_KEY in read_json(place / "config.json")
+        except CheckpointError:
+            return False
+    with place.open("rb") as file:  # a GGUF file's metadata comes first
+        return CONFIG_KEY.encode() in file.read(_METADATA)
+
+
+def _is_report(folder: Path) -> bool:
+    page = folder / PAGE
+    if not page.is_file() or any(path != page and path.suffix != ".png" for path in folder.iterdir()):
+        return False
+    return b'name="generator" content="axolotl-bitnet"' in page.read_bytes()
+
+
+def _new_aside(folder: Path) -> Path:
+    """A new folder for a previous run's files: marked as ours from when it has its name."""
+    taken = {path.name for path in folder.iterdir()}
+    names = (f"{ASIDE}-{n}" if n > 1 else ASIDE for n in count(1))
+    work = Path(tempfile.mkdtemp(prefix=f".{ASIDE}.partial-", dir=folder))
+    work.chmod(0o755)
+    (work / MADE_HERE).write_text("What an earlier run left. Deleted when a run in this folder succeeds.\n")
+    return work.rename(folder / next(name for name in names if name not in taken))
 
 
 def _keystone(path: Path) -> int:
@@ -116,14 +166,15 @@ def finish_run(
             check(latents.fingerprint(), "latents")
     finally:
         write_json(folder / RUN_FILE, record)
-        for path in [path for name in FOLDERS for path in (folder / name).glob(".*.partial*")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for file in (folder / row.path for row in FORMATS.values() if Path(row.path).name != row.path):
+            for path in file.parent.glob(f".{file.name}.partial-*"):
+                path.unlink()
     if failures:
         for other in failures[1:]:
             failures[0].add_note(f"and: {other}")
         raise failures[0]
     for path in folder.iterdir():
-        if _LEFTOVER.fullmatch(path.name):
+        if _LEFTOVER.fullmatch(path.name) or (path / MADE_HERE).is_file():
             shutil.rmtree(path, ignore_errors=True)
     return report
 

@@ -30,7 +30,7 @@ from ..training.rounding import seed_the_rounding
 from ..training.trainer_epoch import resume_epochs
 from ..training.trainer_save import forget_before_saving
 from .args import BitNetConfig
-from .artifacts import set_aside
+from .artifacts import refuse_taken, set_aside
 from .base_model import check_base, holds_latents, local_folder
 from .callbacks import gathering, watch
 from .finish import export_run
@@ -91,6 +91,7 @@ class BitNetPlugin(BasePlugin):
             return
         options = _options(cfg)
         check_base(cfg, options.skip_modules, options.export)
+        refuse_taken(cfg.output_dir, options.export)
         self._resumed, warning = settle(cfg)
         if warning:
             warn(warning)

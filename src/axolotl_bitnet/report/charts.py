@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..model.names import natural_order
 from .run_files import Run, TrainedLayer, number, row_and_column
 
 _POINTS = 300  # more are not seen, and weigh; neighbours are averaged
@@ -187,7 +188,10 @@ def _series(log: list[dict[str, Any]], key: str, label: str) -> Series:
     points = [
         (step, value)
         for entry in log
-        if (step := number(entry.get("step"))) is not None and (value := number(entry.get(key))) is not None
+        if "train_runtime"
+        not in entry  # what the Trainer logs after training, its memory freed, is of no step
+        and (step := number(entry.get("step"))) is not None
+        and (value := number(entry.get(key))) is not None
     ]
     finite = [(step, value) for step, value in points if math.isfinite(step) and math.isfinite(value)]
     thin = _thinned(finite)
@@ -242,7 +246,7 @@ def _grid(
     cells: dict[tuple[str, str], list[tuple[float, int]]] = {}
     rows: dict[str, None] = {}
     columns: dict[str, None] = {}
-    for layer in sorted(layers, key=lambda layer: _natural(layer.name)):
+    for layer in sorted(layers, key=lambda layer: natural_order(layer.name)):
         value = value_of(layer)
         if value is None or not math.isfinite(value):
             continue
@@ -274,11 +278,6 @@ _USUAL = (
 def _usual(column: str) -> tuple[int, str]:
     """The order in which a layer computes them."""
     return (_USUAL.index(column) if column in _USUAL else len(_USUAL), column)
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Layer 10 after layer 9."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
 
 
 def _mean(values: list[tuple[float, int]] | None) -> float | None:

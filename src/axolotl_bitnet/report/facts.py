@@ -166,7 +166,11 @@ def _most(run: Run, key: str, unit: str) -> str | None:
 
 
 def _zeros(run: Run) -> str | None:
-    known = [(layer.zeros, layer.weights) for layer in run.layers.values() if layer.zeros is not None]
+    known = [
+        (layer.zeros, layer.weights)
+        for layer in run.layers.values()
+        if layer.zeros is not None and not layer.was_zero
+    ]
     total = sum(weights for _, weights in known)
     return show(sum(zeros * weights for zeros, weights in known) / total, "%") if total else None
 
@@ -196,7 +200,7 @@ def commands(run: Run) -> list[dict[str, str]]:
         where = str(run.folder / path)
         if row := FORMATS.get(str(name)):
             found += [{"title": way.title, "text": way.text} for way in row.format.ways_to_run(where)]
-            check = f"axolotl bitnet verify {shlex.quote(where)}"
+            check = f"axolotl-bitnet verify {shlex.quote(where)}"
             found.append({"title": f"Is {name} still the model that trained?", "text": check})
     if run.bitnet:
         text = f"base_model: {run.folder}\nplugins:\n  - axolotl_bitnet.BitNetPlugin\nuse_onebitllms: true"

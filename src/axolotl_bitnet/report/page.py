@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..model.names import natural_order
 from ..run_folder import PAGE, REPORT
 from ..storage.atomic import whole_folder
 from .charts import Chart, Grid, Series, charts, grids, others
@@ -29,19 +30,24 @@ def write_report(output_dir: str | Path) -> Path:
 
     Raises:
         ReportError: the folder holds no run, or matplotlib is not installed.
-        OSError: the report cannot be written; an earlier one is still there.
+        CheckpointError: the report cannot be written, or its folder holds something else; what was there is
+            still there.
     """
     missing = [package for module, package in _NEEDED.items() if find_spec(module) is None]
     if missing:
         raise ReportError(
             f"a report needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-            f"installed: pip install 'axolotl-bitnet[report]', then: axolotl bitnet report {output_dir}"
+            f"installed: pip install 'axolotl-bitnet[report]', then: axolotl-bitnet report {output_dir}"
         )
     run = read_run(output_dir)
     target = run.folder / REPORT
-    with whole_folder(target, overwrite=True) as work:
+    with whole_folder(target, _of_a_report) as work:
         (work / PAGE).write_text(render(run, work), encoding="utf-8")
     return target / PAGE
+
+
+def _of_a_report(path: Path) -> bool:
+    return path.name == PAGE or path.suffix == ".png"
 
 
 def render(run: Run, pictures: Path) -> str:
@@ -59,7 +65,7 @@ def render(run: Run, pictures: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    layers = sorted(run.layers.values(), key=lambda layer: [_padded(part) for part in layer.name.split(".")])
+    layers = sorted(run.layers.values(), key=lambda layer: natural_order(layer.name))
     return environment.get_template("page.html").render(
         run=run,
         name=run.folder.resolve().name,
@@ -146,8 +152,3 @@ def _yaml(config: dict[str, Any]) -> str:
         return ""
     text: str = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=math.inf)
     return text
-
-
-def _padded(part: str) -> str:
-    """Layer 10 after layer 9."""
-    return part.zfill(6) if part.isdecimal() else part

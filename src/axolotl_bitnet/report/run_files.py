@@ -11,6 +11,7 @@ from typing import Any
 from ..run_folder import CHECKPOINT, MONITOR_FILE, RUN_FILE, RUN_LOG, STATE
 from ..storage.atomic import CheckpointError, read_json
 from ..storage.trainer_checkpoint import checkpoints
+from ..ternary import EPSILON
 from .record import redact
 
 
@@ -32,6 +33,11 @@ class TrainedLayer:
     @property
     def weights(self) -> int:
         return self.shape[0] * self.shape[1] if self.shape else 0
+
+    @property
+    def was_zero(self) -> bool:
+        """Whether all its latents were zero at the start: it tells nothing of the others."""
+        return self.zeros == 1 and (self.scale_start is None or self.scale_start <= EPSILON)
 
     @property
     def drift(self) -> float | None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,30 +61,63 @@ def disk_errors(target: Path) -> Iterator[None]:
         raise CheckpointError(f"{target} cannot be written ({cause}): {REMEDIES[number]}") from error
 
 
+def require_apart(source: Path, target: Path) -> None:
+    """Make sure that writing ``target`` cannot take ``source`` away.
+
+    Raises:
+        CheckpointError: the target is the source, or a folder around it.
+    """
+    origin, wanted = source.resolve(), target.resolve()
+    if wanted == origin or wanted in origin.parents:
+        raise CheckpointError(f"{target} would replace its own source {source}: name another target")
+
+
 @contextmanager
-def whole_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(target: str | Path, replaces: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """A folder that appears at ``target`` when everything in it is written, and not at all on an error.
+
+    Args:
+        target: the folder to be.
+        replaces: replace a folder in which this is true of every entry; None replaces nothing.
 
     Yields:
         A temporary folder beside the target; it is renamed at the end.
 
     Raises:
-        CheckpointError: the target exists, and ``overwrite`` was not asked for; or the disk is full or
-            cannot be written.
+        CheckpointError: the target exists, and is not to be replaced, or holds something else; or the disk is
+            full or cannot be written.
     """
     target = Path(target)
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} exists: name another folder, or overwrite it (--overwrite)")
+    _refuse_folder(target, replaces)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         try:
             work.chmod(0o755)  # mkdtemp's 0700 would travel with the model
             yield work
+            _refuse_folder(target, replaces)  # what was put there in the meantime
             _replace_folder(target, work)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
+
+
+def _refuse_folder(target: Path, replaces: Callable[[Path], bool] | None) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if replaces is None:
+        raise CheckpointError(f"{target} exists: name another folder, or overwrite it (--overwrite)")
+    if target.is_symlink() or not target.is_dir():
+        kind = "a link" if target.is_symlink() else "a file"
+        raise CheckpointError(f"{target} is {kind}, which no folder replaces: name a folder")
+    others = sorted(path.name for path in target.iterdir() if not replaces(path))
+    if others:
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        raise CheckpointError(
+            f"{target} holds {', '.join(others[:4])}{more}, which would be lost: only a folder with nothing "
+            "but "
+            "what is written here is replaced. Name another folder, or move these away"
+        )
 
 
 def _replace_folder(target: Path, work: Path) -> None:
@@ -128,12 +161,28 @@ def write_json(path: str | Path, data: dict[str, Any]) -> None:
 
 
 @contextmanager
-def whole_file(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A file that appears at ``target`` when all of it is on the disk, and not at all on an error."""
+def whole_file(target: Path, overwrite: bool, magic: bytes) -> Iterator[Path]:
+    """A file that appears at ``target`` when all of it is on the disk, and not at all on an error.
+
+    Args:
+        target: the file to be.
+        overwrite: replace a file that begins as this one will, or is empty.
+        magic: how it begins.
+
+    Raises:
+        CheckpointError: the target is a folder, exists, or is a file of another kind.
+    """
     if target.is_dir():
         raise CheckpointError(f"{target} is a folder: name a file in it")
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} exists: name another file, or overwrite it (--overwrite)")
+    if target.exists():
+        with target.open("rb") as file:
+            begins = file.read(len(magic))
+        if begins not in (magic, b""):
+            raise CheckpointError(
+                f"{target} is a file of another kind, which would be lost: name another file"
+            )
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
     os.close(descriptor)
@@ -141,7 +190,7 @@ def whole_file(target: Path, overwrite: bool) -> Iterator[Path]:
     try:
         work.chmod(0o644)  # mkstemp's 0600 would travel with the model
         yield work
-        with work.open("rb") as file:
+        with work.open("r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
         work.replace(target)
     except BaseException:

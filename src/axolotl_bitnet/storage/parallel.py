@@ -51,7 +51,7 @@ def parallel_map(function: Callable[[Item], Result], items: Sequence[Item]) -> I
     ``torchrun`` sets OMP_NUM_THREADS to 1 for the sake of the ranks; packing, which one rank does, is not
     bound by it.
     """
-    threads = min(len(os.sched_getaffinity(0)), MOST_THREADS, len(items))
+    threads = min(_processors(), MOST_THREADS, len(items))
     if threads <= 1:
         yield from map(function, items)
         return
@@ -69,3 +69,9 @@ def parallel_map(function: Callable[[Item], Result], items: Sequence[Item]) -> I
             for future in waiting:
                 future.cancel()
             torch.set_num_threads(before)  # what threads that start later will take
+
+
+def _processors() -> int:
+    """Those that this process may use; where the system does not tell (macOS, Windows), all there are."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

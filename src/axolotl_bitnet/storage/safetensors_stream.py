@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,7 +180,7 @@ class SafetensorsWriter:
         self._unflushed += size
         if self._unflushed > FLUSH and (self._flushed is None or self._flushed.done()):
             self._unflushed = 0
-            self._flushed = self._flusher.submit(os.fdatasync, self._file.fileno())
+            self._flushed = self._flusher.submit(_flush, self._file.fileno())
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -301,3 +301,7 @@ def weight_bytes(path: str | Path) -> int:
     """Size in bytes of a folder's safetensors files, or of a file."""
     path = Path(path)
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
+
+
+_flush: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+"""macOS and Windows have the second only."""

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...storage.atomic import CheckpointError, disk_errors, require_space, whole_file
+from ...storage.atomic import CheckpointError, disk_errors, require_apart, require_space, whole_file
 from ...storage.parallel import one_thread
 from ...storage.progress import begin
 from ..checkpoint import TernaryCheckpoint
@@ -59,13 +59,12 @@ def write_gguf(
     library()
     if embeddings not in EMBEDDINGS:
         raise CheckpointError(f"embeddings '{embeddings}': the types are {', '.join(EMBEDDINGS)}")
-    if target.resolve() == source.folder.resolve():
-        raise CheckpointError(f"{target} would replace what it is written from: name another file")
+    require_apart(source.folder, target)
     architecture = llama.architecture_of(source.config)
     metadata = metadata_of(architecture, source.config)
     parts = _plan(source, architecture, type, embeddings)
     vocabulary = read_vocabulary(source.companions, llama.shape_of(source.config).vocabulary)
-    with one_thread(), disk_errors(target), whole_file(target, overwrite) as work:
+    with one_thread(), disk_errors(target), whole_file(target, overwrite, b"GGUF") as work:
         _write(work, source, architecture, parts, metadata, vocabulary, type)
         if check is not None:
             check(work)

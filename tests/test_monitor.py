@@ -18,7 +18,7 @@ from axolotl_bitnet import ops
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.run_folder import MONITOR_FILE
-from axolotl_bitnet.training.monitor import callback as monitor_module
+from axolotl_bitnet.training.log import LOG
 from axolotl_bitnet.training.monitor import sampling as sample
 from axolotl_bitnet.training.monitor.callback import Monitor
 from axolotl_bitnet.training.monitor.figures import Observation, observe, unmoved_above
@@ -172,8 +172,11 @@ class Loop:
         keys = {"model": self.model, "optimizer": self.optimizer}
         getattr(self.watcher, event)(self.args, self.state, self.control, **keys)
 
-    def step(self, change: Callable[[], None]) -> dict[str, float]:
+    def step(self, change: Callable[[], None], next_rate: Any = None) -> dict[str, float]:
+        self.call("on_pre_optimizer_step")
         change()
+        if next_rate is not None:  # the Trainer steps its schedule before it logs the step
+            self.optimizer.param_groups[0]["lr"] = next_rate
         self.state.global_step += 1
         self.call("on_step_end")
         self.log({"loss": 1.0})
@@ -194,11 +197,11 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]]:
         def emit(self, record: logging.LogRecord) -> None:
             records.append(record)
 
-    monkeypatch.setattr(monitor_module.LOG, "handlers", [Keep()])
-    before = monitor_module.LOG.level
-    monitor_module.LOG.setLevel(logging.INFO)
+    monkeypatch.setattr(LOG, "handlers", [Keep()])
+    before = LOG.level
+    LOG.setLevel(logging.INFO)
     yield records
-    monitor_module.LOG.setLevel(before)
+    LOG.setLevel(before)
 
 
 def warnings(said: list[logging.LogRecord]) -> list[str]:
@@ -305,6 +308,41 @@ def test_rates_are_those_of_the_layers_groups(tmp_path: Path) -> None:
     assert loop.step(lambda: None)["bitnet/frozen"] == 0.5
     loop = Loop(tmp_path, model, Monitor(precision=torch.float64), torch.optim.AdamW(groups))
     assert loop.step(lambda: None)["bitnet/frozen"] == 0.5
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_frozen_is_of_the_step_that_is_logged(tmp_path: Path, kind: Any) -> None:
+    """A schedule's rate after the last step is 0, at which nothing could move."""
+    model = model_of(a=(64, 64)).to(torch.bfloat16)
+    optimizer = adamw(model)
+    optimizer.param_groups[0]["lr"] = kind(10.0)
+    loop = Loop(tmp_path, model, Monitor(), optimizer)
+    assert loop.step(lambda: None, kind(1e-30))["bitnet/frozen"] == 0
+    assert loop.step(lambda: None, kind(10.0))["bitnet/frozen"] == 1
+    assert loop.step(lambda: None, kind(0.0))["bitnet/frozen"] == 0
+    loop.call("on_train_end")
+    assert loop.watcher.seen is not None and loop.watcher.seen.share("frozen") == 0
+
+
+def test_what_was_zero_from_the_start_is_not_counted(tmp_path: Path, said: list[logging.LogRecord]) -> None:
+    """Such a matrix tells nothing of training, and no rate mends it."""
+    model = model_of(q_proj=(64, 64), k_proj=(64, 64))
+    other = model_of(q_proj=(64, 64))
+    other["q_proj"].weight.data.copy_(model["q_proj"].weight.data)
+    model["k_proj"].weight.data.zero_()
+    entries = []
+    for one in (model, other):
+        loop = Loop(tmp_path, one, Monitor(), adamw(one))
+
+        def double(one: nn.Module = one) -> None:
+            one["q_proj"].weight.data[::2] *= 2  # type: ignore[index]
+
+        entries.append(loop.step(double))
+    with_zeros, alone = entries
+    assert with_zeros.pop("bitnet/scale_drift/k_proj") == 0
+    assert with_zeros == alone and not warnings(said)
+    model["q_proj"].weight.data.zero_()
+    assert observe(model).share("zeros") == 1  # where all are zero, that is what there is to say
 
 
 def test_it_warns_once_when_nothing_flips(tmp_path: Path, said: list[logging.LogRecord]) -> None:

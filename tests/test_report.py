@@ -17,7 +17,7 @@ from axolotl_bitnet.report import page as page_module
 from axolotl_bitnet.report.charts import charts, grids
 from axolotl_bitnet.report.draw import _LIGHT, _curves
 from axolotl_bitnet.report.record import HIDDEN, redact
-from axolotl_bitnet.report.run_files import TrainedLayer, read_run, row_and_column
+from axolotl_bitnet.report.run_files import Run, TrainedLayer, read_run, row_and_column
 from support import reports
 from support.reports import Page, loads, page_of
 
@@ -41,7 +41,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "0:05:12",
         "13.5 GiB",
         "1.0 MiB",
-        "axolotl bitnet verify",
+        "axolotl-bitnet verify",
         "base_model: org/base",
         "0.21.0",
         "abab",
@@ -384,6 +384,15 @@ def test_where_layers_stand() -> None:
     assert row_and_column("model.layers.3.mlp.experts.7.w1") == ("layers.3", "*.w1")
     assert row_and_column("0") == ("0", "0")
     assert row_and_column("encoder.proj") == ("encoder", "proj")
+
+
+def test_curves_end_with_the_last_step() -> None:
+    """The Trainer logs once more after training, under the last step's number and with its memory freed."""
+    log = [{"step": step, "loss": 1.0, "memory/max_allocated (GiB)": 10.0 + step} for step in (1, 2)]
+    log.append({"step": 2, "train_runtime": 3.0, "memory/max_allocated (GiB)": 0.5})
+    (memory,) = [chart for chart in charts(Run(Path("run"), log=log)) if chart.slug == "memory"]
+    (line,) = memory.series
+    assert line.steps == [1, 2] and line.values == [11.0, 12.0]
 
 
 def test_grids_order_layers_and_average_experts() -> None:

@@ -51,6 +51,7 @@ class Monitor(TrainerCallback):
         self.first_step = 0
         self.warned: set[str] = set()
         self.fresh = False
+        self.step_rates: list[Any] | None = None  # the groups' rates in the last step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first_step, self.fresh = state.global_step, False
@@ -69,6 +70,11 @@ class Monitor(TrainerCallback):
             _say_what_can_move(seen, max(rates(layer.weight) for layer in layers))
         self._warn(seen, state.global_step)
         _write(Path(args.output_dir), seen, state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The schedule sets the next step's rates before a step is logged: 0 after the last one."""
+        rates = [group["lr"] for group in _groups(kwargs.get("optimizer"))]
+        self.step_rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.seen is None or not control.should_log:
@@ -97,7 +103,7 @@ class Monitor(TrainerCallback):
         return self.seen.metrics()
 
     def _look(self, args: Any, kwargs: dict[str, Any]) -> None:
-        rates = _rates(kwargs.get("optimizer"), "lr", args.learning_rate)
+        rates = _rates(kwargs.get("optimizer"), "lr", args.learning_rate, self.step_rates)
         self.seen = observe(kwargs["model"], self.seen, rates, self.precision)
 
     def _from_the_start(self, seen: Observation, resumed: Path) -> Observation:
@@ -134,7 +140,10 @@ class Monitor(TrainerCallback):
                 f"the codes swing back and forth: {flips:.2%} flipped since the last log, and {back:.0%} of "
                 "these back to what they were one log earlier. Lower the learning rate",
             )
-        zeros = {name: view.zeros for name, view in seen.layers.items()}
+        # preflight has named those that were zero from the start; no rate mends them
+        zeros = {name: view.zeros for name, view in seen.layers.items() if not view.was_zero}
+        if not zeros:
+            return
         few, many = min(zeros, key=zeros.__getitem__), max(zeros, key=zeros.__getitem__)
         if zeros[many] > ALL_ZEROS:
             count = sum(share > ALL_ZEROS for share in zeros.values())
@@ -169,20 +178,27 @@ def _say_what_can_move(seen: Observation, rate: float) -> None:
     (warn if movable < 0.5 else info)(text)
 
 
-def _rates(optimizer: Any, key: str, otherwise: float) -> Any:
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    return list(getattr(getattr(optimizer, "optimizer", optimizer), "param_groups", []))
+
+
+def _rates(optimizer: Any, key: str, otherwise: float, instead: list[Any] | None = None) -> Any:
     """The learning rate of a weight as a function of it; None where updates are not about as large as the
-    rate, or are not rounded to nearest."""
+    rate, or are not rounded to nearest. ``instead``: the groups' rates, where not those under ``key``."""
     inner = getattr(optimizer, "optimizer", optimizer)
     kind = type(inner).__name__.lower()
     if "adam" not in kind and "lion" not in kind:
         return None
-    groups = list(getattr(inner, "param_groups", []))
+    groups = _groups(optimizer)
     if getattr(inner, "bf16_stochastic_round", False) or any(
         group.get("kahan_sum", False) is not False for group in groups
     ):
         return None
+    rates = instead or [group.get(key, group["lr"]) for group in groups]
     by_weight = {
-        id(weight): float(group.get(key, group["lr"])) for group in groups for weight in group["params"]
+        id(weight): float(rate)
+        for group, rate in zip(groups, rates, strict=True)
+        for weight in group["params"]
     }
     highest = max(by_weight.values(), default=float(otherwise))
 

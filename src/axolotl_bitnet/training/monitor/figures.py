@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...layers.bitlinear import BitLinear
 from ...model.fingerprint import clean_name
-from ...ternary import absmean, codes_of
+from ...ternary import EPSILON, absmean, codes_of
 from .sampling import add_shards, batches_of, fsdp2_class, pieces_of
 
 
@@ -47,6 +47,11 @@ class LayerView:
     @property
     def scale_drift(self) -> float:
         return self.scale / self.scale_start - 1
+
+    @property
+    def was_zero(self) -> bool:
+        """Whether all its latents were zero at the start: its absmean is the definition's least value."""
+        return self.scale_start <= EPSILON
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,9 @@ class Observation:
         return {name: float(f"{value:.4g}") for name, value in figures.items()}
 
     def _views(self, kind: str | None) -> list[LayerView]:
-        return [v for name, v in self.layers.items() if kind is None or name.rsplit(".", 1)[-1] == kind]
+        """Those that shares and means are over: not what was all zero at the start, if others were not."""
+        views = [v for name, v in self.layers.items() if kind is None or name.rsplit(".", 1)[-1] == kind]
+        return [view for view in views if not view.was_zero] or views
 
 
 @torch.no_grad()

@@ -54,7 +54,8 @@ import hashlib, json, pathlib, sys, tomllib
 
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text(encoding="utf-8"))
 wanted = [pathlib.Path(name).read_text(encoding="utf-8") for name in (sys.argv[1], "requirements/tools.txt")]
-wanted += [project["project"]["dependencies"], project["build-system"]["requires"]]
+wanted += [project["project"]["dependencies"], project["project"]["optional-dependencies"]["axolotl"]]
+wanted += [project["build-system"]["requires"]]
 print(hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:12])
 PYTHON
     )
@@ -71,7 +72,9 @@ make_environment() {
     rm -rf "$3"
     "$1" -m venv "$3"
     "$3/bin/python" -c 'import sys, tomllib
-print(*tomllib.load(sys.stdin.buffer)["project"]["dependencies"], sep="\n")' <"$root/pyproject.toml" >"$3/project.txt"
+project = tomllib.load(sys.stdin.buffer)["project"]
+print(*project["dependencies"], *project["optional-dependencies"]["axolotl"], sep="\n")' \
+        <"$root/pyproject.toml" >"$3/project.txt"
     "$3/bin/python" -m pip install --progress-bar off -r "$root/requirements/$2.txt" -r "$3/project.txt"
     touch "$3/.complete"
 }

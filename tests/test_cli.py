@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -55,7 +57,9 @@ def test_pack_then_verify(run_folder: Path) -> None:
     code, output = _call("pack", run_folder, packed)
     assert code == 0 and "MiB" in output
     code, output = _call("verify", packed)
-    assert code == 0 and output.startswith("verified: 14 ternary layers")
+    assert code == 0 and output.startswith(
+        "codes and scales verified: 14 ternary layers"
+    )  # no tokenizer there
 
 
 def test_verify_fails_on_one_changed_code(run_folder: Path) -> None:
@@ -68,7 +72,8 @@ def test_verify_fails_on_one_changed_code(run_folder: Path) -> None:
     tensors[name][3, 5] = byte & ~3 | ((byte & 3) + 1) % 3
     save_file(tensors, path, {"format": "pt"})
     code, output = _call("verify", packed, "--against", run_folder)
-    assert code == 1 and "model.layers.1.self_attn.q_proj: codes differ" in output
+    assert code == 1 and "model.layers.1.self_attn.q_proj: 1 of 4,096 codes differ" in output
+    assert "1 in 1 layers; compared were" in output  # what differs comes before what was compared
 
 
 def test_pack_refuses_an_existing_target_unless_told(run_folder: Path) -> None:
@@ -170,6 +175,80 @@ def test_inspect(whole_run: Path) -> None:
     assert outcome["kind"] == "packed" and len(outcome["layers"]) == 7 and outcome["refused"]
     code, output = _call("inspect", whole_run / "packed")
     assert code == 0 and "refused: training: it is packed" in output
+
+
+def test_inspect_sums_up_by_projection(run_folder: Path) -> None:
+    """Latents and their packed model in one order, whatever the order of the files."""
+    _call("pack", run_folder, run_folder / "packed")
+
+    def rows(*words: object) -> list[str]:
+        code, output = _call("inspect", *words)
+        assert code == 0
+        return [
+            line.split()[1] for line in output.splitlines() if re.match(r"[│|] \S+_proj\b|[│|] model\.", line)
+        ]
+
+    for words in ((), ("--layers",)):
+        latents, packed = rows(run_folder, *words), rows(run_folder / "packed", *words)
+        assert latents == packed and len(latents) == (14 if words else 7)
+    layers = [layer["name"] for layer in _json("inspect", run_folder, "--json")["layers"]]
+    assert layers == [layer["name"] for layer in _json("inspect", run_folder / "packed", "--json")["layers"]]
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_a_file_that_is_no_model_is_not_taken_for_gguf(run_folder: Path, command: str) -> None:
+    for name in ("bitnet.json", "model.safetensors"):
+        (run_folder / "bitnet.json").write_text("{}")
+        code, output = _call(command, run_folder / name)
+        assert code == 2 and f"{name} is not a model" in output and "gguf" not in output
+
+
+def test_json_is_alone_on_stdout() -> None:
+    """Libraries may print anything before and meanwhile."""
+    code = (
+        "import sys; print('a banner')\n"
+        "from axolotl_bitnet.cli import terminal\n"
+        "@terminal.command\n"
+        "def run(machine):\n"
+        "    print('from a library')\n"
+        "    terminal.as_json({'ok': True})\n"
+        "run(machine=sys.argv[1] == '--json')\n"
+        "print('after')\n"
+    )
+    for word, out, err in (
+        ("--json", '{\n  "ok": true\n}\nafter\n', "a banner\nfrom a library\n"),
+        ("", 'a banner\nfrom a library\n{\n  "ok": true\n}\nafter\n', ""),
+    ):
+        command, buffered = [sys.executable, "-c", code, word], os.environ.copy()
+        buffered.pop("PYTHONUNBUFFERED", None)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=buffered)
+        assert (done.stdout, done.stderr) == (out, err)
+
+
+def test_json_is_refused_where_axolotls_banner_came_first(run_folder: Path) -> None:
+    """Axolotl's own group prints, and colorama flushes it, before it imports anything of ours."""
+    outer = click.Group("axolotl", commands={"bitnet": main})
+    result = CliRunner().invoke(outer, ["bitnet", "inspect", str(run_folder), "--json"])
+    assert result.exit_code == 2 and "use `axolotl-bitnet inspect ... --json`" in result.stderr
+    assert CliRunner().invoke(outer, ["bitnet", "inspect", str(run_folder)]).exit_code == 0
+
+
+def test_overwrite_replaces_nothing_of_the_users(run_folder: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    (precious / "checkpoint-3").mkdir(parents=True)
+    (precious / "notes.txt").write_text("mine")
+    for command in ("pack", "revert", "mlx", "gguf"):
+        code, output = _call(command, run_folder, precious, "--overwrite")
+        assert code == 2 and ("checkpoint-3, notes.txt" in output or command == "gguf")
+    (precious / "model.bin").write_text("mine")
+    code, output = _call("pack", run_folder, precious / "model.bin", "--overwrite")
+    assert code == 2 and "is a file" in output
+    assert {path.name for path in precious.iterdir()} == {"checkpoint-3", "notes.txt", "model.bin"}
+    code, output = _call("pack", run_folder, run_folder, "--overwrite")
+    assert code == 2 and "would replace its own source" in output
+    for _ in range(2):
+        assert _call("pack", run_folder, tmp_path / "packed", "--overwrite")[0] == 0
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(

@@ -293,7 +293,7 @@ def test_what_would_take_the_latents_for_a_model_is_refused(
     assert result.exit_code != 0
     assert said.count(f"`axolotl {command}` with `use_onebitllms`") == 1 and reason in said
     out = trained[0] / "out"
-    assert f"`axolotl bitnet pack {out} {out / 'packed'}`" in said
+    assert f"`axolotl-bitnet pack {out} {out / 'packed'}`" in said
 
 
 def test_a_server_of_rollouts_is_not_refused() -> None:

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 import axolotl_bitnet
+from axolotl_bitnet.cli.main import main
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.plugin.artifacts import finish_run
@@ -80,8 +81,8 @@ def test_command(document: str, command: str, workplace: Path, monkeypatch: pyte
         # Needs GPUs and downloads; test_recipes.py validates the file, and test_plugin.py trains.
         assert (ROOT / words[2]).is_file()
         assert words[3:] in ([], ["--launcher", "torchrun"], ["--launcher", "python"])
-    elif words[:2] == ["axolotl", "bitnet"]:
-        cli = pytest.importorskip("axolotl.cli.main").cli
+    elif words[0] == "axolotl-bitnet" or words[:2] == ["axolotl", "bitnet"]:
+        cli = main if words[0] == "axolotl-bitnet" else pytest.importorskip("axolotl.cli.main").cli
         if "gguf" in command and not HAS_GGUF:
             pytest.skip("needs the gguf package")
         shutil.rmtree(workplace / "my-recipes", ignore_errors=True)

@@ -167,3 +167,14 @@ def test_what_is_no_model(run: Path, tmp_path: Path) -> None:
     foreign = stripped(run / "packed", tmp_path / "uint8", quantization_config={"quant_method": "gptq"})
     with pytest.raises(CheckpointError, match="'gptq', which is not BitNet's"):
         inspect(foreign)
+
+
+def test_matrices_of_zeros_are_named_and_not_counted(run: Path, tmp_path: Path) -> None:
+    """A base with some is what its other matrices are."""
+    latents = stripped(run, tmp_path / "latents")
+    before = inspect(latents)
+    edit_tensors(latents, lambda tensors: tensors[f"{Q}.weight"].zero_())
+    found = inspect(latents)
+    assert found.kind == before.kind and f"all zero: {Q}" in found.detail
+    changes = [layer.change for layer in found.layers if layer.name != Q]
+    assert f"{sum(changes) / len(changes):.0%} on average" in found.detail

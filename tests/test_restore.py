@@ -299,7 +299,7 @@ def test_the_nearest_scale_is_taken_and_said(
     assert "cannot carry the scales of 14 of 14 matrices" in said and "% away" in said
     for codes, s in codes_and_scales_of(restored).values():
         assert codes.any() and 0 < abs(float(s) / float(lost[0]) - 1) < 0.006
-    with pytest.raises(CheckpointError, match=r"is not bf16\(1 / bf16\(g\)\).*axolotl bitnet restore"):
+    with pytest.raises(CheckpointError, match=r"is not bf16\(1 / bf16\(g\)\).*axolotl-bitnet restore"):
         revert_checkpoint(source, tmp_path / "dense")
     caplog.clear()
     restore_latents(pack_checkpoint(restored, tmp_path / "packed"), tmp_path / "again")

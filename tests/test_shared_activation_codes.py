@@ -16,12 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef
 
 from axolotl_bitnet import ops, ternary
-<<<<<<< HEAD:tests/test_shared_codes.py
-from axolotl_bitnet.layers.bitlinear import share_codes, shared_codes
-from support.layers import Attention, layer_for
-=======
 from axolotl_bitnet.layers.bitlinear import share_activation_codes, shared_activation_codes
->>>>>>> fbf50e2 (Names say which codes they are of; one helper for ranks, one for names in sentences; a report's layer is a TrainedLayer):tests/test_shared_activation_codes.py
+from support.layers import Attention, layer_for
 
 
 @pytest.fixture

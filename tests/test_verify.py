@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from axolotl_bitnet.formats.export import pack_checkpoint
+from axolotl_bitnet.formats.export import open_checkpoint, pack_checkpoint
 from axolotl_bitnet.formats.packed import pack_codes, unpack_codes
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.model.fingerprint import Fingerprint, TensorFingerprint, fingerprint_model
@@ -80,7 +81,7 @@ def test_untouched(run: Run, tmp_path: Path) -> None:
         assert report.layers == 14
         assert report.weights == sum(t.shape[0] * t.shape[1] for t in run.trained.tensors.values())
         assert report.digest == run.trained.digest
-        assert report.summary().startswith(f"verified: 14 ternary layers, {report.weights:,} codes")
+        assert f"verified: 14 ternary layers, {report.weights:,} codes" in report.summary()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -98,8 +99,13 @@ def test_one_changed_code(run: Run, seed: int) -> None:
 
     report = verify_checkpoint(run.packed, run.folder)
     assert not report.ok
-    assert report.mismatches == [f"{name}: codes differ"]
-    assert report.summary() == f"NOT the trained model: {name}: codes differ"
+    rows, columns = load_file(run.folder / SINGLE)[f"{name}.weight"].shape
+    assert report.mismatches == [f"{name}: 1 of {rows * columns:,} codes differ"]
+    assert report.summary() == f"NOT the trained model: {name}: 1 of {rows * columns:,} codes differ"
+    assert report.checks[0].detail.startswith("1 in 1 layers; compared were ")
+    assert compare(open_checkpoint(run.packed).fingerprint(), run.trained).mismatches == [
+        f"{name}: codes differ"
+    ]
 
 
 @pytest.mark.parametrize("code", [0, 1, 2])
@@ -112,7 +118,8 @@ def test_bits_that_no_packer_writes(run: Run, code: int) -> None:
         flat[index] |= 3 << 4
 
     run.edit(change)
-    assert verify_checkpoint(run.packed, run.folder).mismatches == [f"{name}: codes differ"]
+    (line,) = verify_checkpoint(run.packed, run.folder).mismatches
+    assert re.fullmatch(rf"{name}: [\d,]+ of [\d,]+ codes differ", line)
 
 
 @pytest.mark.parametrize("toward", [torch.inf, -torch.inf])
@@ -155,7 +162,8 @@ def test_swapped_layers(run: Run) -> None:
 
     run.edit(swap)
     report = verify_checkpoint(run.packed, run.folder)
-    assert report.mismatches == [f"{first}: codes differ", f"{second}: codes differ"]
+    assert [line.split(":")[0] for line in report.mismatches] == [first, second]
+    assert all(line.endswith(" codes differ") for line in report.mismatches)
     run.edit(swap)
     assert verify_checkpoint(run.packed, run.folder).ok
 
@@ -173,7 +181,8 @@ def test_moved_codes(run: Run, change: str) -> None:
         tensors[f"{name}.weight"] = pack_codes(moved)
 
     run.edit(move)
-    assert verify_checkpoint(run.packed, run.folder).mismatches == [f"{name}: codes differ"]
+    (line,) = verify_checkpoint(run.packed, run.folder).mismatches
+    assert re.fullmatch(rf"{name}: [\d,]+ of [\d,]+ codes differ", line)
 
 
 def test_another_shape(run: Run) -> None:
@@ -313,6 +322,7 @@ def test_changed_latents_are_another_reference(run: Run) -> None:
     tensors = load_file(run.folder / SINGLE)
     tensors[f"{name}.weight"][0] *= -1
     save_file(tensors, run.folder / SINGLE, {"format": "pt"})
-    assert verify_checkpoint(run.packed, run.folder).mismatches == [f"{name}: codes differ"]
+    (line,) = verify_checkpoint(run.packed, run.folder).mismatches
+    assert re.fullmatch(rf"{name}: [\d,]+ of [\d,]+ codes differ", line)
     pack_checkpoint(run.folder, run.packed, overwrite=True)
     assert verify_checkpoint(run.packed, run.folder).ok

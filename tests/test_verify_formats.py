@@ -125,6 +125,8 @@ def test_only_a_fingerprint_says_what_was_not_checked(run: Path, tmp_path: Path)
     expected = {"codes": "same", "scales": "same"}
     assert verdicts(report) == expected | dict.fromkeys((*STORED[2:], "running"), "not checked")
     assert "no latents to compare with" in report.checks[2].detail
+    assert report.summary().startswith("codes and scales verified: ")
+    assert report.summary().endswith("; not checked: other tensors, config, tokenizer, running")
     itself = verify_checkpoint(run, run)  # the saved latents against the fingerprint of what trained
     assert itself.ok and verdicts(itself)["config"] == "not checked"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.table import Table
@@ -13,8 +12,9 @@ from ..storage.atomic import CheckpointError
 from ..verify.inspect import Inspection
 from ..verify.inspect import inspect as inspect_checkpoint
 from ..verify.logits import PROMPTS
+from ..verify.measure import Layer
 from ..verify.verify import VerificationReport, verify_checkpoint
-from .terminal import MISMATCH, as_json, command, show, size
+from .terminal import MISMATCH, as_json, command, require_model, show, size
 
 _SHOWN = 20
 
@@ -46,9 +46,10 @@ def verify(
 
     \b
     Example:
-        axolotl bitnet verify outputs/falcon-e-3b-sft/packed
-        axolotl bitnet verify outputs/falcon-e-3b-sft/packed --no-run --json
+        axolotl-bitnet verify outputs/falcon-e-3b-sft/packed
+        axolotl-bitnet verify outputs/falcon-e-3b-sft/packed --no-run --json
     """
+    require_model(artifact)
     texts = [*given, *(prompts.read_text(encoding="utf-8").splitlines() if prompts else [])]
     texts = [] if no_run else [text for text in texts if text.strip()] or list(PROMPTS)
     report = verify_checkpoint(artifact, against or _run_of(artifact), texts)
@@ -92,36 +93,68 @@ def _show_report(report: VerificationReport) -> None:
 
 @click.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--layers", "each", is_flag=True, help="A row for each layer, not for each projection.")
 @click.option("--json", "machine", is_flag=True, help="Say the outcome as JSON.")
 @command
-def inspect(path: Path, machine: bool) -> None:
+def inspect(path: Path, each: bool, machine: bool) -> None:
     """Say what the model in PATH is: latents, dense ternary, packed, GGUF, MLX or never ternary; its layers,
     its size, and what it cannot be used for.
 
     \b
     Example:
-        axolotl bitnet inspect outputs/falcon-e-3b-sft
-        axolotl bitnet inspect outputs/falcon-e-3b-sft/packed --json
+        axolotl-bitnet inspect outputs/falcon-e-3b-sft
+        axolotl-bitnet inspect outputs/falcon-e-3b-sft/packed --json
     """
+    require_model(path)
     found = inspect_checkpoint(path)
     if machine:
         as_json(found.to_json())
     else:
-        _show_inspection(found)
+        _show_inspection(found, each)
 
 
-def _show_inspection(found: Inspection) -> None:
+def _show_inspection(found: Inspection, each: bool) -> None:
     click.echo(f"{found.path}: {found.kind} ({found.detail})")
-    table = Table()
-    for column in ("layer", "shape", "zeros", "scale", "bits", "changed by quantization"):
-        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=column == "layer")
-    for layer in found.layers:
-        row: list[Any] = [layer.name, f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.zeros:.1%}"]
-        table.add_row(*row, f"{layer.scale:g}", f"{layer.bits:.2f}", f"{layer.change:.1%}")
-    show(table)
     click.echo(
         f"{len(found.layers)} ternary or ternary-to-be layers, {found.weights:,} weights; "
         f"{size(found.bytes)} now, {size(found.packed_bytes)} packed"
     )
+    groups: dict[str, list[Layer]] = {}
+    for layer in found.layers:
+        groups.setdefault(layer.name if each else layer.name.rsplit(".", 1)[-1], []).append(layer)
+    table = Table()
+    columns = (
+        "layer" if each else "projection",
+        "layers",
+        "shape",
+        "zeros",
+        "scale",
+        "bits",
+        "changed by quantization",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right", no_wrap=True)
+    for name, layers in groups.items():
+        table.add_row(name, str(len(layers)), *_figures(layers))
+    show(table)
+    if not each and len(groups) < len(found.layers):
+        click.echo("--layers shows each layer")
     for line in found.refused:
         click.echo(f"refused: {line}")
+
+
+def _figures(layers: list[Layer]) -> tuple[str, ...]:
+    """Shape, zeros, scale, bits and change of some layers: one value, or the least and the largest."""
+
+    def span(values: list[float], form: str) -> str:
+        ends = [format(min(values), form), format(max(values), form)]
+        return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+    shapes = list(dict.fromkeys(f"{layer.shape[0]} x {layer.shape[1]}" for layer in layers))
+    return (
+        shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes",
+        span([layer.zeros for layer in layers], ".1%"),
+        span([layer.scale for layer in layers], "g"),
+        span([layer.bits for layer in layers], ".2f"),
+        span([layer.change for layer in layers], ".1%"),
+    )

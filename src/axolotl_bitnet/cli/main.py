@@ -1,4 +1,4 @@
-"""`axolotl bitnet ...`, and the same as `python -m axolotl_bitnet ...` or `axolotl-bitnet ...`.
+"""`axolotl-bitnet ...`, and the same as `python -m axolotl_bitnet ...` or `axolotl bitnet ...`.
 
 A command's module is imported when the command runs, not before: importing torch takes seconds, and neither
 `--help` nor the commands that need no torch should wait for it.
@@ -41,9 +41,9 @@ class _Commands(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
 
 
-@click.group("bitnet", cls=_Commands)
+@click.group("bitnet", cls=_Commands, short_help="Ternary (1.58-bit) models.")
 def main() -> None:
     """Ternary (1.58-bit) models: recipes, formats, proof.
 
-    Exit status: 0 well, 1 not the trained model, 2 bad input, 130 interrupted.
+    Exit status: 0 done (of verify: nothing differs), 1 not the trained model, 2 bad input, 130 interrupted.
     """

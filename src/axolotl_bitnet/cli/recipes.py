@@ -19,7 +19,7 @@ def recipes(directory: Path) -> None:
 
     \b
     Example:
-        axolotl bitnet recipes my-recipes
+        axolotl-bitnet recipes my-recipes
         axolotl train my-recipes/sft.yaml
     """
     if directory.exists() and any(directory.iterdir()):

@@ -18,7 +18,7 @@ def report(output_dir: Path) -> None:
 
     \b
     Example:
-        axolotl bitnet report outputs/falcon-e-3b-sft
+        axolotl-bitnet report outputs/falcon-e-3b-sft
     """
     try:
         click.echo(write_report(output_dir))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..run_folder import RUN_FILE
 from ..storage.atomic import CheckpointError
 from ..storage.progress import Advance, listening
 
@@ -34,8 +38,9 @@ def command(function: Command) -> Command:
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        _quieten_libraries()
         try:
-            with _progress():
+            with _alone_on_stdout() if kwargs.get("machine") else nullcontext(), _progress():
                 function(*args, **kwargs)
         except (CheckpointError, ImportError, OSError) as error:
             raise BadInput(str(error)) from error
@@ -52,8 +57,67 @@ def command(function: Command) -> Command:
     return run
 
 
+_stdout: int | None = None  # the descriptor that JSON goes to, while everything else goes to stderr
+
+
 def as_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    if _stdout is None:
+        click.echo(text, nl=False)
+    else:
+        with os.fdopen(os.dup(_stdout), "w", encoding="utf-8") as out:
+            out.write(text)
+
+
+@contextmanager
+def _alone_on_stdout() -> Iterator[None]:
+    """Within, only :func:`as_json` writes to stdout; whatever else is printed goes to stderr.
+
+    Raises:
+        BadInput: under ``axolotl bitnet``, whose group has printed a banner there before our code ran.
+    """
+    global _stdout
+    context = click.get_current_context(silent=True)
+    if context is not None and context.find_root().command.name != "bitnet":
+        raise BadInput(
+            "`axolotl` has printed its banner to stdout, so JSON would not stand alone there: "
+            f"use `axolotl-bitnet {context.info_name} ... --json`"
+        )
+    try:
+        out, err = sys.stdout.fileno(), sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):  # no files, as in a test
+        yield
+        return
+    _stdout = os.dup(out)
+    os.dup2(err, out)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(_stdout, out)
+        os.close(_stdout)
+        _stdout = None
+
+
+def _quieten_libraries() -> None:
+    """Other libraries' warnings and bars drown ours; who wants them sets these variables."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def require_model(path: Path) -> None:
+    """Raise BadInput for a file that is no model: the reader of GGUF files would speak of GGUF."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if file.read(4) == b"GGUF":
+            return
+    instead = (
+        "name the run's folder, or an artifact in it" if path.name == RUN_FILE else "name the folder it is in"
+    )
+    raise BadInput(f"{path} is not a model: {instead}, or a GGUF file")
 
 
 def show(table: Table) -> None:

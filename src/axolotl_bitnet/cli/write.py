@@ -40,7 +40,7 @@ def pack(source: Path, target: Path, overwrite: bool, machine: bool) -> None:
 
     \b
     Example:
-        axolotl bitnet pack outputs/falcon-e-3b-sft outputs/falcon-e-3b-sft/packed --overwrite
+        axolotl-bitnet pack outputs/falcon-e-3b-sft outputs/falcon-e-3b-sft/packed --overwrite
     """
     export("packed", source, target, overwrite)
     _wrote("packed", source, target, machine)
@@ -69,8 +69,8 @@ def gguf(source: Path, target: Path, overwrite: bool, machine: bool, kind: str, 
 
     \b
     Example:
-        axolotl bitnet gguf outputs/falcon-e-3b-sft falcon-e-3b-sft-TQ2_0.gguf --overwrite
-        axolotl bitnet gguf outputs/falcon-e-3b-sft small.gguf --type tq1_0 --embeddings q8_0
+        axolotl-bitnet gguf outputs/falcon-e-3b-sft falcon-e-3b-sft-TQ2_0.gguf --overwrite
+        axolotl-bitnet gguf outputs/falcon-e-3b-sft small.gguf --type tq1_0 --embeddings q8_0
     """
     export_gguf(source, target, kind, overwrite, embeddings=embeddings)
     _wrote(f"gguf-{kind}", source, target, machine)
@@ -84,7 +84,7 @@ def revert(source: Path, target: Path, overwrite: bool, machine: bool) -> None:
 
     \b
     Example:
-        axolotl bitnet revert outputs/falcon-e-3b-sft outputs/falcon-e-3b-sft/dense --overwrite
+        axolotl-bitnet revert outputs/falcon-e-3b-sft outputs/falcon-e-3b-sft/dense --overwrite
     """
     export("dense", source, target, overwrite)
     _wrote("dense", source, target, machine)
@@ -98,7 +98,7 @@ def mlx(source: Path, target: Path, overwrite: bool, machine: bool) -> None:
 
     \b
     Example:
-        axolotl bitnet mlx outputs/falcon-e-3b-sft outputs/falcon-e-3b-sft/mlx --overwrite
+        axolotl-bitnet mlx outputs/falcon-e-3b-sft outputs/falcon-e-3b-sft/mlx --overwrite
     """
     export("mlx", source, target, overwrite)
     _wrote("mlx", source, target, machine)
@@ -113,8 +113,8 @@ def restore(source: Path, target: Path, overwrite: bool, machine: bool) -> None:
 
     \b
     Example:
-        axolotl bitnet restore outputs/falcon-e-3b-sft/packed restored --overwrite
-        axolotl bitnet verify restored --against outputs/falcon-e-3b-sft/packed
+        axolotl-bitnet restore outputs/falcon-e-3b-sft/packed restored --overwrite
+        axolotl-bitnet verify restored --against outputs/falcon-e-3b-sft/packed
     """
     from ..formats.restore import restore_latents
 

@@ -36,7 +36,7 @@ def magnitude_of(codes: Tensor, s: Tensor) -> Tensor:
     if not torch.equal(scale_of(magnitude), s):
         raise ValueError(
             f"its scale {float(s):g} is not bf16(1 / bf16(g)) of any g, so bfloat16 weights cannot carry it; "
-            "restored latents can, with the nearest scale that trains (`axolotl bitnet restore`)"
+            "restored latents can, with the nearest scale that trains (`axolotl-bitnet restore`)"
         )
     if not bool(codes.any()) and not torch.equal(s, _ZERO_SCALE):
         raise ValueError(f"all its codes are zero, which leaves no trace of its scale {float(s):g}")

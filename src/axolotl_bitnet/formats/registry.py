@@ -23,7 +23,7 @@ class Row:
         name: what `bitnet.export` and `bitnet.json` call it.
         path: where a run puts it, below its output folder: a folder, or a file in one.
         title: what it is, in a few words.
-        command: what writes it, after ``axolotl bitnet``.
+        command: what writes it, after ``axolotl-bitnet``.
         home: ``module:name`` of its :class:`~.format.Format`, below this package.
     """
 

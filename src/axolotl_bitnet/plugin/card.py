@@ -69,7 +69,7 @@ def _section(output_dir: Path, artifacts: Sequence[str], repository: str | None)
         "",
         "```bash",
         *([f"hf download {repository} --local-dir {root}"] if repository else []),
-        *(f"axolotl bitnet verify {root}/{FORMATS[name].path}" for name in artifacts),
+        *(f"axolotl-bitnet verify {root}/{FORMATS[name].path}" for name in artifacts),
         "```",
     ]
     return "\n".join(lines)

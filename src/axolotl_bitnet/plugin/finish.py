@@ -49,7 +49,7 @@ def export_run(
 def _tell_failure(output_dir: Path, options: BitNetConfig) -> None:
     made = made_in(output_dir)
     again = [
-        f"axolotl bitnet {entry.command} {output_dir} {output_dir / entry.path}"
+        f"axolotl-bitnet {entry.command} {output_dir} {output_dir / entry.path}"
         for name, entry in FORMATS.items()
         if name in options.export and name not in made
     ]
@@ -59,7 +59,7 @@ def _tell_failure(output_dir: Path, options: BitNetConfig) -> None:
         f" (but for {', '.join(made)})" if made else "",
         output_dir,
         RUN_FILE,
-        "; ".join(again) or f"axolotl bitnet verify {output_dir}",
+        "; ".join(again) or f"axolotl-bitnet verify {output_dir}",
     )
 
 

@@ -41,7 +41,8 @@ def compare_tensors(artifact: TernaryCheckpoint, reference: TernaryCheckpoint) -
         elif not _same(artifact, key, reference.tensor(key)):
             found.append(f"'{key}' differs")
         advance(ours[key].nbytes)
-    return Check("other tensors", f"{len(common)}, exact, {artifact.rounding}", found)
+    of = f"{len(found)} of {len(theirs)}" if found else f"{len(common)}"
+    return Check("other tensors", f"{of}, exact, {artifact.rounding}", found)
 
 
 def _same(artifact: TernaryCheckpoint, key: str, trained: Tensor) -> bool:
@@ -77,7 +78,8 @@ def compare_config(artifact: TernaryCheckpoint, reference: TernaryCheckpoint) ->
     found = list(_differences(ours, theirs))
     if isinstance(artifact, GGUFCheckpoint):
         found += computed_otherwise(artifact, reference)
-    return Check("config", f"{len(ours)} keys, but for those of storage (dtype, version)", found)
+    of = f"{len(found)} values, of {len(theirs)} keys" if found else f"{len(ours)} keys"
+    return Check("config", f"{of}, but for those of storage (dtype, version)", found)
 
 
 def _differences(ours: Any, theirs: Any, where: str = "") -> Iterator[str]:
@@ -113,7 +115,8 @@ def compare_companions(artifact: TernaryCheckpoint, reference: TernaryCheckpoint
     for name in sorted(ours.keys() & theirs.keys()):
         if ours[name].read_bytes() != theirs[name].read_bytes():
             found.append(f"{name} differs")
-    return Check("tokenizer", f"{len(theirs)} files, byte for byte", found)
+    of = f"{len(found)} of {len(theirs)}" if found else f"{len(theirs)}"
+    return Check("tokenizer", f"{of} files, byte for byte", found)
 
 
 def _companions(folder: Path) -> dict[str, Path]:

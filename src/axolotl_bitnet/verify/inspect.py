@@ -19,7 +19,7 @@ from ..formats.registry import FORMATS
 from ..formats.third_party import multiplies
 from ..model.convert import convert_to_bitlinear
 from ..model.layer_plan import CONFIG_KEY, ConversionError, Plan
-from ..model.names import first_few
+from ..model.names import first_few, natural_order
 from ..model.preflight import NEVER_TERNARY
 from ..ops import ROWS_PER_BYTE, unpack_codes
 from ..storage.atomic import CheckpointError, read_json
@@ -38,7 +38,7 @@ class Inspection:
         path: what was looked at.
         kind: "latents", "dense ternary", "packed", "never ternary", or a format of ours.
         detail: more of that in words: whose convention, where the list of layers is from.
-        layers: see :class:`Layer`.
+        layers: see :class:`Layer`; in the order of their names, in which numbers count.
         bytes: size of the weights now.
         packed_bytes: their size packed to 2 bits, everything else in bfloat16.
         refused: what cannot be done with it, and why.
@@ -51,6 +51,11 @@ class Inspection:
     bytes: int = 0
     packed_bytes: int = 0
     refused: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.layers.sort(
+            key=lambda layer: natural_order(layer.name)
+        )  # formats store them in orders of their own
 
     @property
     def weights(self) -> int:
@@ -96,7 +101,7 @@ def _artifact(path: Path, checkpoint: TernaryCheckpoint) -> Inspection:
     layers = []
     for name in _told(checkpoint.names.converted, lambda name: checkpoint.entries[checkpoint.keys[name]]):
         layers.append(ternary_layer(name, bits[checkpoint.keys[name]], *checkpoint.codes(name)))
-    refused = [f"training: it is quantized ({kind}); `axolotl bitnet restore` makes latents of it"]
+    refused = [f"training: it is quantized ({kind}); `axolotl-bitnet restore` makes latents of it"]
     packed = _packed_size(checkpoint.entries.values(), ternary)
     return Inspection(str(path), kind, detail, layers, size, packed, refused)
 
@@ -109,7 +114,7 @@ def _packed(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> Ins
             f"{path} holds uint8 matrices of the quantization '{found.method}', which is not BitNet's"
         )
     refused = [
-        "training: it is packed to 2 bits, and training needs latents; `axolotl bitnet restore` makes them"
+        "training: it is packed to 2 bits, and training needs latents; `axolotl-bitnet restore` makes them"
     ]
     try:
         autobitlinear = multiplies(config, path / "config.json")
@@ -167,15 +172,23 @@ def _floating(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> I
 
 
 def _kind_of(layers: list[Layer], ours: bool) -> tuple[str, str]:
+    zero = [layer.name for layer in layers if layer.zeros == 1]
+    layers = [layer for layer in layers if layer.zeros < 1]
     if not layers:
-        return "never ternary", "no matrix that would become ternary"
+        return "never ternary", "no matrix that would become ternary" + ("; all are zero" if zero else "")
+    kind, detail = _kind_of_others(layers, ours)
+    return kind, detail + (f"; all zero: {first_few(zero)}" if zero else "")
+
+
+def _kind_of_others(layers: list[Layer], ours: bool) -> tuple[str, str]:
+    """Of the matrices that are not all zero: those tell nothing of a model."""
     change = sum(layer.change for layer in layers) / len(layers)
     dense = sum(layer.change == 0 for layer in layers)
     moved = f"quantization changes its matrices by {change:.0%} on average"
     if dense == len(layers):
         return "dense ternary", "each matrix has one magnitude; quantizing it anew would shrink its scale"
     if ours:
-        return "latents", f"trained by axolotl-bitnet; {moved}"
+        return "latents", f"trained by axolotl-bitnet, which leaves latents anywhere between codes; {moved}"
     mixed = f"; {dense} of {len(layers)} matrices have one magnitude" if dense else ""
     if change > NEVER_TERNARY:
         return "never ternary", moved + mixed

@@ -165,7 +165,12 @@ def _compare_tokens(outputs: list[Outputs], expected: list[Tensor], tie: float) 
         agreed += int((behind <= tie * (best - before.amin(-1))).sum())
         count += chosen.numel()
     wrong = [f"{count - agreed} of {count} greedy tokens differ"] if agreed < count else []
-    return Check("greedy tokens", f"{same} of {count} the same, the rest within {tie:.2%} of the best", wrong)
+    detail = f"{same} of {count} the same"
+    if near := agreed - same:
+        detail += f", {near} within {tie:.2%} of the best"
+    if wrong:
+        detail += f", {count - agreed} another"
+    return Check("greedy tokens", detail, wrong)
 
 
 def _distance(outputs: list[Outputs], expected: list[Tensor]) -> Check:

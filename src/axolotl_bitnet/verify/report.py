@@ -67,10 +67,13 @@ class VerificationReport:
         self.mismatches += check.mismatches
 
     def summary(self) -> str:
-        """One line for people."""
+        """One line for people: what was found same or different, then what was not checked."""
         if self.ok:
             counts = f"{self.layers} ternary layers, {self.weights:,} codes and {self.layers} scales"
-            return f"verified: {counts} are the trained ones"
+            left = [check.name for check in self.checks if not check.done]
+            if not left:
+                return f"verified: {counts} are the trained ones"
+            return f"codes and scales verified: {counts} are the trained ones; not checked: {', '.join(left)}"
         shown = "; ".join(self.mismatches[:5])
         more = f"; and {len(self.mismatches) - 5} more" if len(self.mismatches) > 5 else ""
         return f"NOT the trained model: {shown}{more}"

@@ -32,13 +32,17 @@ def compare(found: Fingerprint, expected: Fingerprint) -> VerificationReport:
         elif candidate.shape != reference.shape:
             codes.mismatches.append(f"{name} has shape {candidate.shape}, trained {reference.shape}")
         elif candidate.codes != reference.codes:
-            codes.mismatches.append(f"{name}: codes differ")
+            codes.mismatches.append(f"{name}{_DIFFER}")
         elif candidate.scale != reference.scale:  # a NaN differs from itself, as it should
             scales.mismatches.append(f"{name}: scale {candidate.scale:g}, trained {reference.scale:g}")
     extra = sorted(found.tensors.keys() - expected.tensors.keys())
     codes.mismatches += [f"{name} is ternary, but was not in training" for name in extra]
     codes.detail = f"{report.weights:,} in {report.layers} layers, exact"
+    if codes.mismatches:
+        codes.detail = f"in {len(codes.mismatches)} layers; compared were {codes.detail}"
     scales.detail = f"{report.layers}, exact"
+    if scales.mismatches:
+        scales.detail = f"{len(scales.mismatches)} of {scales.detail}"
     report.add(codes)
     report.add(scales)
     return report
@@ -75,6 +79,7 @@ def verify_checkpoint(
         for name in ("other tensors", "config", "tokenizer", *(["running"] if prompts else [])):
             report.add(Check(name, why, done=False))
         return report
+    _count_codes(report, found, model)
     for check in (compare_tensors, compare_config, compare_companions):
         report.add(check(found, model))
     if prompts and not report.mismatches:
@@ -83,6 +88,25 @@ def verify_checkpoint(
     elif prompts:
         report.add(Check("running", "the stored models differ already", done=False))
     return report
+
+
+_DIFFER = ": codes differ"
+
+
+def _count_codes(report: VerificationReport, found: TernaryCheckpoint, model: TernaryCheckpoint) -> None:
+    """Say of every layer whose codes differ how many do; a digest tells only that some do."""
+    (codes,) = [check for check in report.checks if check.name == "codes"]
+    total = 0
+    for place, line in enumerate(codes.mismatches):
+        if line.endswith(_DIFFER):
+            name = line.removesuffix(_DIFFER)
+            ours, theirs = found.codes(name)[0], model.codes(name)[0]
+            count = int((ours != theirs).sum())
+            total += count
+            codes.mismatches[place] = f"{name}: {count:,} of {theirs.numel():,} codes differ"
+            report.mismatches[report.mismatches.index(line)] = codes.mismatches[place]
+    if total:
+        codes.detail = f"{total:,} {codes.detail}"
 
 
 def _read_reference(

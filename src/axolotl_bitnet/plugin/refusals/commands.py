@@ -15,7 +15,7 @@ import click
 
 from ...run_folder import PACKED
 
-_INSTEAD = "`axolotl bitnet pack {out} {packed}` makes the 2-bit model"
+_INSTEAD = "`axolotl-bitnet pack {out} {packed}` makes the 2-bit model"
 
 
 _REFUSED = {
@@ -23,7 +23,7 @@ _REFUSED = {
     "merge-lora": "full fine-tuning has no adapter to merge; the latents are in {out}. " + _INSTEAD,
     "export": "it would convert the latents as a dense model, which is not the one that trained. "
     + _INSTEAD
-    + "; `axolotl bitnet --help` lists the other formats",
+    + "; `axolotl-bitnet --help` lists the other formats",
     "vllm-serve": "it would serve the base's latents as a dense model. " + _INSTEAD + ", for transformers",
 }
 

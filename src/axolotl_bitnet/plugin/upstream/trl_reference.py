@@ -18,7 +18,6 @@ from torch import nn
 
 from ...formats.config_json import recognize
 from ...layers.bitlinear import BitLinear
-from ...model.layer_plan import CONFIG_KEY
 
 
 def is_ternary(model: nn.Module) -> bool:

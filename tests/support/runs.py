@@ -10,7 +10,7 @@ import gc
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,16 +112,20 @@ def data_saved_in_this_process() -> Iterator[None]:
         yield
 
 
+def _no_report() -> AbstractContextManager[Any]:
+    from axolotl_bitnet.plugin import run_log
+
+    return patch.object(run_log, "write_report", lambda _: "not drawn")
+
+
 def train(settings: dict[str, Any], report: bool = False) -> Run:
     """Do what `axolotl train` does, in this process; its report is drawn (seconds) only where asked for."""
     from axolotl.train import train as axolotl_train
 
-    from axolotl_bitnet.plugin import run_log
-
     cfg, data = prepare(settings)
     gc.freeze()  # Axolotl collects garbage all the time, which takes longer than a step
     try:
-        with nullcontext() if report else patch.object(run_log, "write_report", lambda _: "not drawn"):
+        with nullcontext() if report else _no_report():
             model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=data)
     finally:
         gc.unfreeze()
@@ -148,7 +152,7 @@ def main(settings: str, result: str, *flags: str) -> None:
 
     if "--hide" in flags:
         _hide_this_package()
-    run = train(json.loads(Path(settings).read_text()))
+    run = train(json.loads(Path(settings).read_text()), report="--hide" in flags)  # a dense run has none
     weights = hashlib.sha256()
     for name, tensor in sorted(run.model.state_dict().items()):
         weights.update(name.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())

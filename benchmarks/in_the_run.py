@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -149,7 +150,7 @@ class Watch:
         """Median of the steps after the warmup, but for the profiled one."""
         times = self.times[self.args.warmup :]
         times = times[: -1 if self.profile is not None else None]
-        return 1000 * statistics.median([b - a for a, b in zip(times, times[1:], strict=False)])
+        return 1000 * statistics.median([b - a for a, b in itertools.pairwise(times)])
 
 
 @contextmanager

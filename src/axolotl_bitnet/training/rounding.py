@@ -49,7 +49,7 @@ def seeded_adamw() -> type[torch.optim.Optimizer]:
     from torchao.optim import AdamW8bit
     from torchao.optim.adam import single_param_adam
 
-    class SeededAdamW8bit(AdamW8bit):  # type: ignore[misc]
+    class SeededAdamW8bit(AdamW8bit):
         def __init__(self, *args: Any, seed: int = 0, **options: Any) -> None:
             super().__init__(*args, **options)
             self.seed = seed

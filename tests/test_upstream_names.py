@@ -19,6 +19,7 @@ from torch import nn
 
 from axolotl_bitnet import convert_to_bitlinear
 from axolotl_bitnet.model import layer_plan
+from axolotl_bitnet.training import rounding
 from axolotl_bitnet.training.trainer_epoch import resume_epochs
 from axolotl_bitnet.training.trainer_evaluation import log_ternary_loss
 from axolotl_bitnet.training.trainer_log import log_through
@@ -315,6 +316,27 @@ def test_an_axolotl_without_the_check_of_falcons() -> None:
     merged = type("Config", (), {})
     let_llama_falcons_shard(merged)
     assert not hasattr(merged, "check_falcon_fsdp")
+
+
+@pytest.mark.parametrize(
+    "gone", ["get_optimizer_cls_and_kwargs", "disable_cache_limit", "_new_buffer", "single_param_adam"]
+)
+def test_rounding_that_does_not_fit(gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    optim = pytest.importorskip("torchao.optim")
+    import torch._dynamo.utils
+
+    homes = {
+        "disable_cache_limit": torch._dynamo.utils,
+        "_new_buffer": next(kind for kind in optim.AdamW8bit.__mro__ if "_new_buffer" in vars(kind)),
+        "single_param_adam": optim.adam,
+    }
+    names = {} if gone not in homes else {"get_optimizer_cls_and_kwargs": lambda: None}
+    if gone in homes:
+        monkeypatch.delattr(homes[gone], gone)
+    rounding.seeded_adamw.cache_clear()
+    with pytest.raises(rounding.RoundingError, match=rf"does not fit these versions .*{gone}"):
+        rounding.seed_the_rounding(SimpleNamespace(**names))
+    rounding.seeded_adamw.cache_clear()
 
 
 def test_gather_falls_back_for_each_name_of_fsdp2() -> None:

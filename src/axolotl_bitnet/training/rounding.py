@@ -12,6 +12,10 @@ latents with AdamW take 16. Two things of it are changed here, in a subclass:
 2. *The shards.* It hands FSDP2's DTensors with 8-bit moments inside to torch.compile, which cannot trace them
    from torch 2.13 on (torchao 0.17: "attempting to run unimplemented operator aten.view"). The arithmetic is
    elementwise but for blocks of 256 that lie within a shard, so the same function gets the local tensors.
+
+Changes ``Trainer.get_optimizer_cls_and_kwargs`` of transformers, and uses torchao's ``AdamW8bit._new_buffer``
+and ``single_param_adam`` and torch's ``disable_cache_limit``. Without one of these names the run is refused
+before training. Tests: tests/test_rounding.py, tests/test_upstream_names.py.
 """
 
 from __future__ import annotations
@@ -29,12 +33,27 @@ _EIGHT_BIT_FROM = 4096
 
 
 class RoundingError(ValueError):
-    """The moments of a weight would be of two kinds on two ranks; the message names the weight's shape."""
+    """Updates cannot be rounded stochastically: names are missing, or the moments of a weight would be of two
+    kinds on two ranks. The message says which."""
 
 
 def seed_the_rounding(trainer: Any) -> None:
-    """Make a trainer create :func:`seeded_adamw` where it would create torchao's AdamW8bit."""
-    choose = trainer.get_optimizer_cls_and_kwargs
+    """Make a trainer create :func:`seeded_adamw` where it would create torchao's AdamW8bit.
+
+    Raises:
+        RoundingError: a name that this needs is not there.
+    """
+    choose = getattr(trainer, "get_optimizer_cls_and_kwargs", None)
+    try:
+        if choose is None:
+            raise AttributeError("the Trainer has no get_optimizer_cls_and_kwargs")
+        seeded_adamw()
+    except (AttributeError, ImportError) as error:
+        raise RoundingError(
+            f"`bf16_stochastic_round` does not fit these versions of transformers, torch and torchao: "
+            f"{error}. "
+            "Use float32 latents (bitnet.latent_dtype) and another optimizer"
+        ) from error
 
     def chosen(*args: Any, **kwargs: Any) -> tuple[type, dict[str, Any]]:
         _, options = choose(*args, **kwargs)
@@ -45,9 +64,17 @@ def seed_the_rounding(trainer: Any) -> None:
 
 @cache
 def seeded_adamw() -> type[torch.optim.Optimizer]:
-    """torchao's AdamW8bit with an argument more: ``seed``, of the noise."""
+    """torchao's AdamW8bit with an argument more: ``seed``, of the noise.
+
+    Raises:
+        ImportError, AttributeError: torch or torchao lack a name that is used here.
+    """
+    from torch._dynamo.utils import disable_cache_limit
     from torchao.optim import AdamW8bit
     from torchao.optim.adam import single_param_adam
+
+    if not hasattr(AdamW8bit, "_new_buffer"):
+        raise AttributeError("torchao's AdamW8bit has no _new_buffer")
 
     class SeededAdamW8bit(AdamW8bit):
         def __init__(self, *args: Any, seed: int = 0, **options: Any) -> None:
@@ -67,7 +94,7 @@ def seeded_adamw() -> type[torch.optim.Optimizer]:
             update = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
             # A compiled variant for each shape: more than the limit allows, but a fixed number.
             seed = noise_seed(self.seed, taken, shard_index(todo[0][1]) if todo else 0)
-            with seeded(seed), torch._dynamo.utils.disable_cache_limit():
+            with seeded(seed), disable_cache_limit():
                 for group, p in todo:
                     self._update(update, group, p)
             return loss

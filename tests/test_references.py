@@ -15,12 +15,8 @@ pytest.importorskip("trl")
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.plugin.upstream import trl_reference as references
-from axolotl_bitnet.plugin.upstream.trl_reference import (
-    is_ternary,
-    key_precomputed_references,
-    refuse_dense_judges,
-    settle_reference,
-)
+from axolotl_bitnet.plugin.upstream.trl_reference import is_ternary, refuse_dense_judges, settle_reference
+from axolotl_bitnet.plugin.upstream.trl_reference_cache import key_precomputed_references
 
 MakeModel = Callable[..., nn.Module]
 

@@ -81,8 +81,9 @@ class Job:
 def worker(config: str, result: str, end: str) -> None:
     """A process of a run."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import runs
     from transformers import Trainer, TrainerCallback
+
+    from support import runs
 
     cuda = torch.cuda.is_available()
     reset = torch.cuda.reset_peak_memory_stats

@@ -64,7 +64,14 @@ def test_what_only_reads_words_does_not_wait_for_torch(module: str) -> None:
     assert _heavy(f"import axolotl_bitnet.{module}") == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["recipes", "FOLDER/recipes"]], ids=lambda words: words[0])
+RECIPE = str(SOURCE.parents[1] / "examples" / "falcon-e" / "tiny" / "sft.yaml")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["recipes", "FOLDER/recipes"], ["plan", RECIPE], ["doctor"]],
+    ids=lambda words: words[0],
+)
 def test_commands_that_need_no_torch_do_not_import_it(arguments: list[str], tmp_path: Path) -> None:
     """Importing torch takes seconds; without it a command starts in under half a second."""
     words = [word.replace("FOLDER", str(tmp_path)) for word in arguments]

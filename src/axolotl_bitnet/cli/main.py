@@ -12,10 +12,12 @@ from typing import cast
 import click
 
 _COMMANDS = {
+    "doctor": ("doctor", "Say what is installed, which kernels will run, and what is missing for what."),
     "gguf": ("write", "Write SOURCE as the GGUF file TARGET, for llama.cpp."),
     "inspect": ("check", "Say what the model in PATH is: latents, packed, GGUF, ..."),
     "mlx": ("write", "Write SOURCE as a 2-bit MLX model, for mlx-lm on Apple computers."),
     "pack": ("write", "Pack SOURCE into TARGET, 2 bits a weight."),
+    "plan": ("plan", "Say what training CONFIG will do: refusals, rates, memory, sizes."),
     "recipes": ("recipes", "Copy the Falcon-E recipes into DIRECTORY."),
     "report": ("report", "Write the run in OUTPUT_DIR as one page with plots."),
     "restore": ("write", "Make trainable latents of SOURCE, a packed or dense ternary model."),

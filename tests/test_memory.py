@@ -1,0 +1,79 @@
+"""The formula of a step's memory against the measured rows, and in its parts."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from axolotl_bitnet.model.memory import GIB, Settings, moment_bytes, step_memory
+from axolotl_bitnet.model.outline import Outline, outline_of
+
+ROWS = list(
+    csv.DictReader(
+        (Path(__file__).parents[1] / "benchmarks" / "results" / "memory.csv").read_text().splitlines()
+    )
+)
+FALCON_E = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "vocab_size": 32768,
+}
+SHAPES = {
+    "1B": FALCON_E | {"intermediate_size": 9216, "num_hidden_layers": 24},
+    "3B": FALCON_E | {"intermediate_size": 13312, "num_hidden_layers": 32},
+}
+LOW = Settings(8192, latent_bytes=2, moment_bytes=moment_bytes("adamw_torch_8bit", 2))
+
+
+def outline(shape: str) -> Outline:
+    return outline_of(SHAPES[shape])[0]
+
+
+def test_the_measured_table_is_whole() -> None:
+    places = {(row["shape"], row["sequence"], row["gpus"], row["state"]) for row in ROWS}
+    assert len(places) == len(ROWS) == 12 and not any(row["error"] for row in ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(list(row.values())[:4]))
+def test_every_measured_row_is_met_within_a_tenth(row: dict[str, str]) -> None:
+    model = outline(row["shape"])
+    assert model.parameters == int(row["parameters"])
+    settings = LOW if row["state"] == "low" else Settings(8192)
+    found = step_memory(model, replace(settings, tokens=int(row["sequence"])), int(row["gpus"]))
+    assert found.peak / GIB == pytest.approx(float(row["peak_allocated_gib"]), rel=0.1)
+    assert found.needed / GIB > float(row["peak_reserved_gib"]) * 0.94
+
+
+def test_the_end_of_a_run_does_not_raise_the_peak() -> None:
+    ends = [row for row in ROWS if row["end_gib"]]
+    assert len(ends) >= 3 and all(
+        float(row["end_gib"]) < 0.7 * float(row["peak_allocated_gib"]) for row in ends
+    )
+
+
+def test_what_adds_and_what_shards() -> None:
+    model, whole = outline("3B"), Settings(8192)
+    one, eight = step_memory(model, whole, 1), step_memory(model, whole, 8)
+    assert eight.weights == one.weights / 8 and eight.codes == 0 < one.codes
+    assert step_memory(model, replace(whole, sharding="ddp"), 8).peak > one.peak
+    assert step_memory(model, replace(whole, foreach=True), 1).peak == pytest.approx(
+        20 * model.parameters, rel=0.01
+    ), "torch's foreach AdamW has a temporary tensor of every weight's size"
+    assert step_memory(model, replace(whole, reference=True), 1).peak == one.peak + 2 * model.parameters
+    assert step_memory(model, LOW, 1).peak < 0.5 * one.peak
+    assert step_memory(model, replace(whole, accumulates=False), 1).peak < one.peak
+
+
+@pytest.mark.parametrize(("shape", "latent", "measured"), [("3B", 2, 36.4), ("3B", 4, 55.3), ("1B", 2, 21.0)])
+def test_without_checkpointing(shape: str, latent: int, measured: float) -> None:
+    """The README's bare step at 8k tokens has no embedding and no head, and one micro-batch."""
+    model = outline(shape)
+    bare = replace(model, others=model.others - model.embedding, embedding=0, vocabulary=1)
+    settings = Settings(8192, latent, 2.0 * latent, checkpointing=False, accumulates=False)
+    assert step_memory(bare, settings, 1).peak / GIB == pytest.approx(measured, rel=0.1)

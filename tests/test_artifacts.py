@@ -59,7 +59,13 @@ def test_packs_verifies_and_writes_it_down(
     assert set(record["converted"]) == set(trained.tensors) and record["dense"] == ["lm_head"]
     size = (tmp_path / "packed" / SINGLE).stat().st_size
     assert record["artifacts"] == {
-        "packed": {"verified": True, "mismatches": [], "path": "packed", "bytes": size}
+        "packed": {
+            "verified": True,
+            "mismatches": [],
+            "path": "packed",
+            "bytes": size,
+            "not_run_in": "transformers",
+        }
     }
     assert weight_bytes(tmp_path / "packed") == size < weight_bytes(tmp_path) / 3
     assert verify_checkpoint(tmp_path / "packed", tmp_path).ok

@@ -57,3 +57,6 @@ def test_an_entry_is_read_as_it_was_written() -> None:
         assert ("saved_as" in entry) == bool(plan.saved_as)
     for wrong in (None, [], "text", {}, {"converted": []}):
         assert Plan.from_entry(wrong) is None
+    for damaged in ({"converted": 1e309}, {"converted": ["a"], "dense": "b"}, {"converted": [[]]}):
+        with pytest.raises(ValueError, match="other things than names"):
+            Plan.from_entry(damaged)

@@ -57,14 +57,16 @@ def split(expression: str) -> pieces.PreTokenizer:
     return pieces.Sequence([pieces.Split(Regex(expression), "isolated"), bytes_only])
 
 
-def byte_level(steps: pieces.PreTokenizer, whole_words: bool = False, nfc: bool = False) -> Tokenizer:
+def byte_level(
+    steps: pieces.PreTokenizer, whole_words: bool = False, nfc: bool = False, size: int = 900
+) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(ignore_merges=whole_words))
     tokenizer.pre_tokenizer, tokenizer.decoder = steps, decoders.ByteLevel()
     if nfc:
         tokenizer.normalizer = normalizers.NFC()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pieces.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
 
@@ -197,6 +199,7 @@ def test_refusals(tmp_path: Path) -> None:
         "pre-tokenizers of llama.cpp": byte_level(letters),
         "normalizes text": byte_level(BYTES),
         "adds more to a text": byte_level(BYTES),
+        "has no merges": byte_level(BYTES, size=200),
         "a WordLevel tokenizer": Tokenizer(models.WordLevel({"a": 0, "<|im_end|>": 1}, unk_token="a")),
         "neither byte-level BPE nor SentencePiece": Tokenizer(
             models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])

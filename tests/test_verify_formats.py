@@ -14,9 +14,11 @@ from torch import nn
 from axolotl_bitnet.formats.export import export
 from axolotl_bitnet.formats.registry import FORMATS
 from axolotl_bitnet.formats.restore import restore_latents
+from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.verify.logits import PROMPTS
 from axolotl_bitnet.verify.report import VerificationReport
 from axolotl_bitnet.verify.verify import verify_checkpoint
+from support.stored import edit_config
 from support.zoo import (
     HAS_GGUF,
     MADE,
@@ -187,3 +189,63 @@ def test_the_reference_for_other_tensors_may_be_rounded_once_more(run: Path, tmp
     name = f"{Q}.bias"  # not a rounding: float32 latents' low bits in a bfloat16's place
     edit_tensors(tmp_path / "packed", lambda tensors: tensors[name].add_(1))
     assert verify_checkpoint(tmp_path / "packed", run).mismatches == [f"'{name}' differs"]
+
+
+# What a program says of an artifact, and models with code of their own
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_whatever_a_program_raises_is_a_failed_check(
+    run: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from axolotl_bitnet.verify import engines
+    from axolotl_bitnet.verify import logits as running
+
+    def fails(*args: object) -> object:
+        raise RuntimeError("cannot find\n tokenizer merges")
+
+    family = name.split("-")[0]
+    if family in engines.ENGINES:
+        monkeypatch.setitem(engines.ENGINES, family, (engines.ENGINES[family][0], fails))  # type: ignore[arg-type]
+    else:
+        monkeypatch.setitem(running._LOADERS, family, fails)  # type: ignore[arg-type]
+    report = verify_checkpoint(run / FORMATS[name].path, run, PROMPTS)
+    consumer = engines.consumer_of(name)
+    assert report.mismatches == [f"{consumer} cannot run it: cannot find tokenizer merges"]
+
+
+@pytest.mark.skipif(not HAS_GGUF, reason="needs the gguf package")
+def test_bytes_appended_to_a_gguf_file(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes((run / FORMATS["gguf-tq2_0"].path).read_bytes() + b"more" * 100)
+    with pytest.raises(CheckpointError, match="400 bytes follow its last tensor"):
+        verify_checkpoint(file, run, PROMPTS)
+
+
+def test_code_of_the_model_s_own_travels_and_never_runs(run: Path, tmp_path: Path) -> None:
+    latents = tmp_path / "latents"
+    shutil.copytree(
+        run, latents, ignore=shutil.ignore_patterns("packed", "dense", "mlx", "gguf", "bitnet.json")
+    )
+    code = "import os\nos.mkdir({!r})\nfrom .parts_mine import Part\nclass Mine: pass\n"
+    (latents / "modeling_mine.py").write_text(code.format(str(tmp_path / "it ran")))
+    (latents / "parts_mine.py").write_text("class Part: pass\n")
+    (latents / "train.py").write_text("# not the model's\n")
+    names = {
+        "AutoConfig": "modeling_mine.Mine",
+        "AutoModelForCausalLM": "modeling_mine.Mine",
+        "Auto1": "../../outside.Mine",
+        "Auto2": "someone/else--modeling_theirs.Mine",
+        "Auto3": "missing.Mine",
+    }
+    edit_config(
+        latents, lambda config: config.update(auto_map=names, model_type="mine", architectures=["Mine"])
+    )
+    for name in ("packed", "dense", "mlx"):
+        target = export(name, latents, tmp_path / name)
+        assert sorted(path.name for path in target.glob("*.py")) == ["modeling_mine.py", "parts_mine.py"]
+        report = verify_checkpoint(target, latents, PROMPTS)
+        assert report.ok and report.checks[-1].detail == "not run: the model needs code of its own"
+    (tmp_path / "packed" / "modeling_mine.py").write_text("class Mine: other = True\n")
+    assert verify_checkpoint(tmp_path / "packed", latents).mismatches == ["modeling_mine.py differs"]
+    assert not (tmp_path / "it ran").exists()

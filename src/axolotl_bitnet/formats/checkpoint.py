@@ -16,6 +16,7 @@ from ..model.layer_plan import Plan
 from ..storage.parallel import one_thread, parallel_map, row_ranges
 from ..storage.progress import begin
 from ..storage.safetensors_stream import Entry
+from .tied import repeats_embedding, untied
 
 
 class TernaryCheckpoint(ABC):
@@ -32,6 +33,7 @@ class TernaryCheckpoint(ABC):
         entries: all tensors of the model, sorted by name. Ternary weights have their matrix's shape (rows,
             columns) whatever the format makes of it; scales are not among them.
         whole_config: whether the format keeps all of config.json.
+        head_unsaid: whether the stored config says that head and embedding are tied, and they are not.
         rounding: what the format does to tensors that are not ternary, in words.
     """
 
@@ -43,6 +45,7 @@ class TernaryCheckpoint(ABC):
     keys: Mapping[str, str]
     entries: Mapping[str, Entry]
     whole_config: bool = True
+    head_unsaid: bool = False
     rounding: str = "rounded to the stored dtype"
 
     @abstractmethod
@@ -67,6 +70,19 @@ class TernaryCheckpoint(ABC):
     def blocks(self, key: str, dtype: torch.dtype) -> Iterator[Tensor]:
         """A tensor that is not ternary as ``dtype``, flat, in pieces."""
         yield self.tensor(key).to(dtype).reshape(-1)
+
+    def settle_head(self) -> None:
+        """Make config and entries say whether head and embedding are tied, by what they hold
+        (:mod:`~.tied`). Readers call it when all else is known."""
+        found = repeats_embedding(self.config, self.entries, self.blocks)
+        if found is None:
+            return
+        head, repeated = found
+        if repeated:
+            self.entries = {key: entry for key, entry in self.entries.items() if key != head}
+        else:
+            self.config = untied(self.config)
+            self.head_unsaid = True
 
     def as_stored(self, key: str, tensor: Tensor) -> Tensor:
         """What :meth:`tensor` reads when ``tensor``, which is not ternary, was written in this format."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
+from ..storage.atomic import CheckpointError, read_json
 from ..storage.safetensors_stream import SINGLE
 
 LOG = logging.getLogger(__name__)
@@ -50,9 +54,48 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     """
     if not any((source / name).is_file() for name in TOKENIZERS):
         LOG.warning("%s holds no tokenizer: what is written has none either; copy its files there", source)
-    names = sorted({path.name for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
+    beside = {path.name for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}
+    names = sorted(beside | set(code_files(source)))
     for name in names:
         shutil.copyfile(source / name, target / name)
     if (source / MORE_TEMPLATES).is_dir():
         shutil.copytree(source / MORE_TEMPLATES, target / MORE_TEMPLATES)
     return names
+
+
+_MODULE = re.compile(r"(\w+)\.\w+")  # of this folder: no path, no other repository ("name--module.Class")
+_RELATIVE = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import|from\s+\.\s+import\s+(\w+))", re.MULTILINE)
+
+
+def code_files(folder: Path) -> list[str]:
+    """The ``*.py`` files in a folder that ``auto_map`` names in its configs, and those that they import:
+    code of the model's own, without which it cannot be loaded. Plain names in the folder only."""
+    configs = ("config.json", "tokenizer_config.json")
+    waiting = [name for config in configs for name in _named(folder / config)]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        path = folder / f"{name}.py"
+        if path.name in found or not path.is_file():
+            continue
+        found.add(path.name)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        waiting += [one or other for one, other in _RELATIVE.findall(text)]
+    return sorted(found)
+
+
+def needs_code(config: Mapping[str, Any]) -> bool:
+    """Whether a model can only be loaded with code that comes with it."""
+    from transformers import CONFIG_MAPPING
+
+    return bool(config.get("auto_map")) and config.get("model_type") not in CONFIG_MAPPING
+
+
+def _named(path: Path) -> list[str]:
+    try:
+        entries = read_json(path).get("auto_map")
+    except CheckpointError:
+        return []
+    values = entries.values() if isinstance(entries, dict) else [entries]
+    flat = [each for value in values for each in (value if isinstance(value, list) else [value])]
+    return [m[1] for each in flat if isinstance(each, str) and (m := _MODULE.fullmatch(each))]

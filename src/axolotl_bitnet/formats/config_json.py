@@ -74,7 +74,10 @@ def read_plan(config: Mapping[str, Any], where: str | Path) -> Plan:
         CheckpointError: the config has none, so the checkpoint was not trained with BitLinear layers of this
         package.
     """
-    plan = Plan.from_entry(config.get(CONFIG_KEY))
+    try:
+        plan = Plan.from_entry(config.get(CONFIG_KEY))
+    except ValueError as error:
+        raise CheckpointError(f"{where}: its '{CONFIG_KEY}' is damaged: {error}") from error
     if plan is None:
         raise CheckpointError(
             f"{where} does not say which layers are ternary (no '{CONFIG_KEY}' key): it was not trained by "
@@ -104,3 +107,28 @@ def in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
     }
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}
     return kept | inside | {"dtype": "bfloat16"}
+
+
+def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE's parameters, whichever of transformers' two ways the config has them in."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    top = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
+    return top | dict(rope)
+
+
+def rope_type(rope: Mapping[str, Any]) -> str:
+    """How RoPE's parameters scale it: "default", "linear", "yarn", "llama3", ..."""
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def sliding_window(config: Mapping[str, Any]) -> str | None:
+    """What a config says of a window of attention that is shorter than its positions; None if there is none.
+
+    Mistral's window is on unless it is null, Qwen's is off unless ``use_sliding_window`` is on.
+    """
+    if config.get("use_sliding_window"):
+        return "use_sliding_window"
+    window, positions = config.get("sliding_window"), config.get("max_position_embeddings")
+    if config.get("model_type") != "mistral" or not isinstance(window, int):
+        return None
+    return None if isinstance(positions, int) and positions <= window else f"sliding_window: {window}"

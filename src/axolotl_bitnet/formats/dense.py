@@ -110,6 +110,7 @@ class DenseCheckpoint(TernaryCheckpoint):
             found = self.entries.get(key)
             if found is None or not found.dtype.is_floating_point or len(found.shape) != 2:
                 raise CheckpointError(f"{self.folder} has no floating-point matrix '{key}', a ternary layer")
+        self.settle_head()
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         key = self.keys[name]

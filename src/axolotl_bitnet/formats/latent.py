@@ -55,6 +55,7 @@ class LatentCheckpoint(TernaryCheckpoint):
                 raise CheckpointError(
                     f"{self.folder}: '{entry.name}' is {entry.dtype} {list(entry.shape)}, not latents"
                 )
+        self.settle_head()
 
     def code_rows(self, name: str) -> tuple[Callable[[int, int], Tensor], Tensor]:
         key = self.keys[name]

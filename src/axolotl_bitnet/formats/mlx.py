@@ -24,6 +24,7 @@ from .config_json import in_bfloat16, read_config, read_plan, with_rope_theta
 from .dense import magnitude_of, read_signs
 from .folder_writer import MatrixFormat
 from .format import PROMPT, WayToRun
+from .mlx_model import computed_otherwise, rope_scaling
 
 GROUPS = (128, 64, 32)
 """Weights that share a scale, as MLX's kernels know them; the largest that divides the columns is used."""
@@ -67,9 +68,7 @@ class MLXFormat(MatrixFormat):
         return [WayToRun("MLX, in mlx-lm", "bash", text)]
 
     def refusals(self, config: Mapping[str, Any], tokenizer: Path | None) -> list[str]:
-        if config.get("model_type") == "bitnet":
-            return ["mlx-lm's `bitnet` architecture reads the packed layout only: use the packed folder"]
-        return []
+        return computed_otherwise(config)
 
     def config_of(self, source: TernaryCheckpoint) -> dict[str, Any]:
         return mlx_config(source)
@@ -107,7 +106,9 @@ def mlx_config(source: TernaryCheckpoint) -> dict[str, Any]:
     common = max(sizes.values(), key=list(sizes.values()).count)
     quantization: dict[str, Any] = {"group_size": common, "bits": 2, "mode": "affine"}
     quantization |= {stem: {"group_size": size, "bits": 2} for stem, size in sizes.items() if size != common}
-    return with_rope_theta(in_bfloat16(source.config)) | {"quantization": quantization}
+    config = with_rope_theta(in_bfloat16(source.config)) | {"quantization": quantization}
+    scaling = rope_scaling(config)
+    return config if scaling is None else config | {"rope_scaling": scaling}
 
 
 class MLXCheckpoint(TernaryCheckpoint):
@@ -127,6 +128,10 @@ class MLXCheckpoint(TernaryCheckpoint):
         quantization = self.config.pop("quantization", None)
         if not isinstance(quantization, dict) or quantization.get("bits") != 2:
             raise CheckpointError(f"{path} is not that of an MLX model of 2 bits")
+        if "rope_parameters" in self.config:  # what mlx_config added
+            scaling = self.config.pop("rope_scaling", None)
+            if scaling != rope_scaling(self.config):
+                self.config["rope_scaling"] = scaling
         self.names = read_plan(self.config, path)
         self._reader = CheckpointReader(self.folder)
         stored = self._reader.entries
@@ -147,6 +152,7 @@ class MLXCheckpoint(TernaryCheckpoint):
                 self.entries[key] = Entry(key, torch.bfloat16, (weight.shape[0], columns))
             elif weight.dtype != torch.bfloat16:
                 raise CheckpointError(f"{self.folder}: '{key}' is {weight.dtype}: neither 2-bit nor bfloat16")
+        self.settle_head()
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         key = self.keys[name]

@@ -120,6 +120,7 @@ class PackedCheckpoint(TernaryCheckpoint):
             for key, entry in stored.items()
             if key.removesuffix("_scale") not in ternary or key in ternary
         }
+        self.settle_head()
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         key = self.keys[name]

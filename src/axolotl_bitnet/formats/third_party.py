@@ -77,6 +77,7 @@ class ThirdPartyPackedCheckpoint(TernaryCheckpoint):
             for key, entry in stored.items()
             if key in keys or key.removesuffix("_scale") not in keys
         }
+        self.settle_head()
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         key = self.keys[name]

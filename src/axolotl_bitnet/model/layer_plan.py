@@ -67,10 +67,18 @@ class Plan:
 
     @classmethod
     def from_entry(cls, entry: Any) -> Plan | None:
-        """The plan that an entry holds; None if it is none, or names no layer."""
+        """The plan that an entry holds; None if it is none, or names no layer.
+
+        Raises:
+            ValueError: names in it are none.
+        """
         if not isinstance(entry, dict) or not entry.get("converted"):
             return None
-        return cls(list(entry["converted"]), list(entry.get("dense", [])), dict(entry.get("saved_as", {})))
+        converted, dense, saved_as = entry["converted"], entry.get("dense", []), entry.get("saved_as", {})
+        lists = isinstance(converted, list) and isinstance(dense, list) and isinstance(saved_as, dict)
+        if not lists or not all(isinstance(name, str) for name in [*converted, *dense, *saved_as.values()]):
+            raise ValueError("it holds other things than names of layers")
+        return cls(list(converted), list(dense), dict(saved_as))
 
     def stem(self, name: str, stored: Container[str]) -> str:
         """What a checkpoint whose tensors are ``stored`` calls a converted layer."""
@@ -87,6 +95,7 @@ def unfinished_ramp(entry: Any) -> str | None:
     value = entry.get(RAMP_KEY) if isinstance(entry, dict) else None
     if value is None:
         return None
+    value = value if isinstance(value, int | float) else float("nan")
     return (
         f"the ramp had come to lambda = {value:.3g} when this was saved: what trained lies between the dense "
         "model and the ternary one, and its codes are another model. Go on until lambda is 1: resume from "

@@ -18,6 +18,7 @@ from ..model.layer_plan import CONFIG_KEY
 from ..run_folder import ASIDE, MADE_HERE, PAGE, REPORT, RUN_FILE
 from ..storage.atomic import CheckpointError, read_json, write_json
 from ..storage.safetensors_stream import INDEX, weight_bytes
+from ..verify.engines import consumer_of
 from ..verify.verify import VerificationError, VerificationReport, compare
 
 _LEFTOVER = re.compile(rf"\.({'|'.join((*FOLDERS, REPORT, ASIDE))})\.(partial|old)-.*")  # of a killed writing
@@ -153,6 +154,7 @@ def finish_run(
         entry.format.write(latents, folder / entry.path, overwrite=True, check=proof)
         verdicts.setdefault(entry.name, {"verified": None})
         verdicts[entry.name] |= {"path": entry.path, "bytes": weight_bytes(folder / entry.path)}
+        verdicts[entry.name]["not_run_in"] = consumer_of(entry.name)
 
     try:
         for entry in (entry for name, entry in FORMATS.items() if name in wanted):

@@ -14,8 +14,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from ..formats.config_json import recognize
 from ..formats.registry import FORMATS
+from ..formats.tied import repeats_embedding, says_tied
 from ..model.layer_plan import ConversionError, plan_conversion
 from ..storage.atomic import CheckpointError, read_json
+from ..storage.safetensors_stream import CheckpointReader
 
 
 def check_base(cfg: Any, skip_modules: list[str], export: Sequence[str] = ()) -> None:
@@ -85,6 +87,27 @@ def holds_latents(cfg: Any) -> bool:
     except CheckpointError:
         return False  # Axolotl reports it better
     return recognize(config).kind == "latents"
+
+
+def lost_head(cfg: Any) -> str | None:
+    """A warning where the base's config says that head and embedding are tied and its file holds a head of
+    its own: Axolotl ties the weights of what it has loaded, and that head is lost."""
+    folder = local_folder(cfg)
+    try:
+        if folder is None or not says_tied(config := read_json(folder / "config.json")):
+            return None
+        reader = CheckpointReader(folder)
+        blocks = lambda key, dtype: (block.to(dtype).reshape(-1) for block in reader.row_blocks(key))  # noqa: E731
+        found = repeats_embedding(config, reader.entries, blocks)
+    except CheckpointError:
+        return None  # no safetensors, or Axolotl reports it better
+    if found is None or found[1]:
+        return None
+    return (
+        f"{cfg.base_model} says `tie_word_embeddings: true` and holds '{found[0]}', which differs from its "
+        "embedding. Loading ties the two, and that head is lost. To train with it, set tie_word_embeddings "
+        "to false in the base's config.json"
+    )
 
 
 def local_folder(cfg: Any) -> Path | None:

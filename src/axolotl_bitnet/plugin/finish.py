@@ -9,6 +9,7 @@ from ..formats.registry import FORMATS
 from ..model.fingerprint import Fingerprint
 from ..run_folder import RUN_FILE
 from ..storage.safetensors_stream import weight_bytes
+from ..verify.engines import consumer_of
 from .args import BitNetConfig
 from .artifacts import finish_run, made_in
 from .card import write_card
@@ -44,6 +45,13 @@ def export_run(
             )
         if options.verify:
             LOG.info("%s", report.summary())
+        for name in made_in(output_dir):
+            LOG.info(
+                "%s: not run in %s. To run it there: axolotl-bitnet verify %s",
+                name,
+                consumer_of(name),
+                output_dir / FORMATS[name].path,
+            )
 
 
 def _tell_failure(output_dir: Path, options: BitNetConfig) -> None:

@@ -31,7 +31,7 @@ from ..training.trainer_epoch import resume_epochs
 from ..training.trainer_save import forget_before_saving
 from .args import BitNetConfig
 from .artifacts import refuse_taken, set_aside
-from .base_model import check_base, holds_latents, local_folder
+from .base_model import check_base, holds_latents, local_folder, lost_head
 from .callbacks import gathering, watch
 from .finish import export_run
 from .hub import Repository, repository_of
@@ -91,6 +91,8 @@ class BitNetPlugin(BasePlugin):
             return
         options = _options(cfg)
         check_base(cfg, options.skip_modules, options.export)
+        if warning := lost_head(cfg):
+            warn(warning)
         refuse_taken(cfg.output_dir, options.export)
         self._resumed, warning = settle(cfg)
         if warning:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..formats.checkpoint import TernaryCheckpoint
-from ..formats.companions import COMPANIONS, MORE_TEMPLATES
-from ..formats.gguf.architecture import HEAD
+from ..formats.companions import COMPANIONS, MORE_TEMPLATES, code_files
 from ..formats.gguf.compare import compare_vocabulary, computed_otherwise
 from ..formats.gguf.reader import GGUFCheckpoint
 from ..model.layer_plan import CONFIG_KEY
@@ -31,8 +30,6 @@ def compare_tensors(artifact: TernaryCheckpoint, reference: TernaryCheckpoint) -
     theirs = {key: entry for key, entry in reference.entries.items() if key not in ternary}
     found = [f"'{key}' is missing" for key in sorted(theirs.keys() - ours.keys())]
     found += [f"'{key}' was not in training" for key in sorted(ours.keys() - theirs.keys())]
-    if reference.config.get("tie_word_embeddings") and HEAD not in ours:  # stored once, as the embedding
-        found = [line for line in found if line != f"'{HEAD}' is missing"]
     common = sorted(ours.keys() & theirs.keys())
     advance = begin("comparing tensors", sum(ours[key].nbytes for key in common))
     for key in common:
@@ -76,6 +73,11 @@ def compare_config(artifact: TernaryCheckpoint, reference: TernaryCheckpoint) ->
     if not artifact.whole_config:
         theirs = {key: value for key, value in theirs.items() if key in ours}
     found = list(_differences(ours, theirs))
+    if artifact.head_unsaid:
+        found.append(
+            "config: tie_word_embeddings is true, and the head differs from the embedding: programs that "
+            "believe it lose the head"
+        )
     if isinstance(artifact, GGUFCheckpoint):
         found += computed_otherwise(artifact, reference)
     of = f"{len(found)} values, of {len(theirs)} keys" if found else f"{len(ours)} keys"
@@ -122,4 +124,5 @@ def compare_companions(artifact: TernaryCheckpoint, reference: TernaryCheckpoint
 def _companions(folder: Path) -> dict[str, Path]:
     patterns = [*COMPANIONS, f"{MORE_TEMPLATES}/*"]
     paths = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+    paths += [folder / name for name in code_files(folder)]
     return {path.relative_to(folder).as_posix(): path for path in paths}

@@ -4,26 +4,25 @@ The trained model is built from its latents with BitLinear layers, everything el
 computed in float32. A packed model computes the same numbers in plain transformers, to the bit. A dense one
 multiplies the same weights with activations that are not quantized: it is held, to the bit, against the
 trained codes and scales computed so; how far that is from the trained model's 8-bit activations is told, not
-judged. llama.cpp quantizes activations by blocks, which moves logits by about 1 %: each token that it chooses
-must be the trained model's choice, or nearly.
+judged. mlx-lm computes as a dense one does, adding in another order. llama.cpp quantizes activations by
+blocks, which moves logits by about 1 %: each token that it chooses must be the trained model's choice, or
+nearly.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..formats.checkpoint import TernaryCheckpoint
+from ..formats.companions import needs_code
 from ..model.convert import convert_to_bitlinear
 from ..ternary import dequantize
+from .engines import ENGINES, TOKENS, Outputs, consumer_of
 from .report import Check
 
 PROMPTS = (
@@ -31,9 +30,6 @@ PROMPTS = (
     "What is 17 + 25?",
     "Once upon a time, in a small village by the sea,",
 )
-TOKENS = 8
-"""Greedy tokens after each prompt."""
-
 _TIE = 1e-4
 """Share of the range of a position's logits within which two tokens are as good as each other: a model that
 generates with its cache adds in another order than one that reads the whole text."""
@@ -42,45 +38,61 @@ _LLAMA_CPP_TIE = 0.02
 """The same, where activations are quantized by blocks."""
 
 
-@dataclass
-class Outputs:
-    """Token ids (1, length) of a prompt and its greedy continuation, and the logits (length, vocabulary), if
-    the program gives them."""
-
-    ids: Tensor
-    logits: Tensor | None
-    prompt: int
+_MLX_ERROR = 1e-4
+"""Relative distance of logits within which mlx-lm computes the same model: it adds in another order."""
 
 
 def compare_running(
     artifact: TernaryCheckpoint, reference: TernaryCheckpoint, prompts: Sequence[str]
 ) -> Iterator[Check]:
-    """Logits and greedy tokens of an artifact against the trained model's."""
-    kind, trained = artifact.format, reference.format
+    """Logits and greedy tokens of an artifact against the trained model's. What a program raises while it
+    loads or runs the artifact is a difference, in its words."""
+    kind, trained = artifact.format.split("-")[0], reference.format
     if trained not in ("latents", "packed"):
         yield Check("running", f"{reference.folder} is {trained}, not the trained model", done=False)
         return
-    if kind not in _LOADERS and not kind.startswith("gguf"):
-        yield Check("running", f"{kind} is not run here", done=False)
+    if kind not in _LOADERS and kind not in ENGINES:
+        yield Check("running", f"{artifact.format} is not run here", done=False)
+        return
+    if kind == "mlx" and trained != "latents":
+        yield Check("running", "mlx-lm is compared with latents, which this reference has not", done=False)
+        return
+    if needs_code(artifact.config):
+        yield Check("running", "not run: the model needs code of its own", done=False)
         return
     try:
-        batches = _encode(reference if kind.startswith("gguf") else artifact, prompts)
+        batches = _encode(reference if kind == "gguf" else artifact, prompts)
     except Exception as error:  # whatever a tokenizer of somebody's throws
         yield Check("running", f"no tokenizer to run with: {error}", done=False)
         return
-    if kind.startswith("gguf"):
-        try:
-            outputs = _generate_in_llama_cpp(artifact.folder, batches)
-        except ImportError:
-            yield Check("running", "needs llama.cpp: pip install xllamacpp", done=False)
-            return
-        yield _compare_tokens(outputs, _expected(outputs, _LOADERS[trained](reference)), _LLAMA_CPP_TIE)
+    consumer = consumer_of(kind)
+    try:
+        if kind in ENGINES:
+            outputs = ENGINES[kind][1](artifact.folder, batches)
+        else:
+            outputs = _generate(_LOADERS[kind](artifact), batches)
+    except ImportError as error:
+        yield Check("running", str(error), done=False)
         return
-    outputs = _generate(_LOADERS[kind](artifact), batches)
+    except Exception as error:  # whatever the program throws
+        words = " ".join(str(error).split()) or type(error).__name__
+        yield Check("running", f"in {consumer}", [f"{consumer} cannot run it: {words}"])
+        return
+    yield from _judged(kind, outputs, reference)
+
+
+def _judged(kind: str, outputs: list[Outputs], reference: TernaryCheckpoint) -> Iterator[Check]:
+    """What a program's outputs are by the reference's."""
+    trained = reference.format
+    if kind == "mlx":
+        yield _near(outputs, _expected(outputs, dense := _dense_arithmetic(reference)))
+        yield _compare_tokens(outputs, _expected(outputs, dense), _TIE)
     if kind == "dense" and trained == "latents":
         yield from _compare(outputs, _expected(outputs, _dense_arithmetic(reference)))
     expected = _expected(outputs, _LOADERS[trained](reference))
-    if kind == "dense":
+    if kind == "gguf":
+        yield _compare_tokens(outputs, expected, _LLAMA_CPP_TIE)
+    elif kind in ("dense", "mlx"):
         yield _distance(outputs, expected)
     else:
         yield from _compare(outputs, expected)
@@ -89,7 +101,9 @@ def compare_running(
 def _encode(artifact: TernaryCheckpoint, prompts: Sequence[str]) -> list[Tensor]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(artifact.companions, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        artifact.companions, local_files_only=True, trust_remote_code=False
+    )
     encoded = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
     return [ids for ids in encoded if ids.numel()]
 
@@ -113,30 +127,6 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids, use_cache=False).logits[0].to(torch.float32)
 
 
-def _generate_in_llama_cpp(file: Path, batches: list[Tensor]) -> list[Outputs]:
-    import xllamacpp
-
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(file)
-    settings.n_ctx = max(batch.shape[1] for batch in batches) + TOKENS + 8
-    settings.n_parallel, settings.n_gpu_layers, settings.verbosity = 1, 0, 0
-    settings.warmup = settings.fit_params = False
-    server = xllamacpp.Server(settings)  # on a port of this machine's own; token ids come by HTTP only
-    local = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    results = []
-    for batch in batches:
-        wish = {"prompt": batch[0].tolist(), "n_predict": TOKENS, "temperature": 0, "return_tokens": True}
-        request = urllib.request.Request(
-            f"{server.listening_address}/completion",
-            data=json.dumps(wish).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with local.open(request) as answer:
-            tokens = torch.tensor([json.load(answer)["tokens"]], dtype=batch.dtype)
-        results.append(Outputs(torch.cat([batch, tokens], dim=1), None, batch.shape[1]))
-    return results
-
-
 def _expected(outputs: list[Outputs], model: nn.Module) -> list[Tensor]:
     """The reference model's logits of the same texts."""
     return [_logits(model, output.ids) for output in outputs]
@@ -151,6 +141,14 @@ def _compare(outputs: list[Outputs], expected: list[Tensor]) -> Iterator[Check]:
     wrong = [] if same else [f"logits differ, by {_error(outputs, expected):.1e} of their norm"]
     yield Check("logits", f"{len(outputs)} prompts, {positions} positions, float32, bit for bit", wrong)
     yield _compare_tokens(outputs, expected, _TIE)
+
+
+def _near(outputs: list[Outputs], expected: list[Tensor]) -> Check:
+    error = _error(outputs, expected)
+    wrong = [] if error < _MLX_ERROR else [f"logits differ, by {error:.1e} of their norm"]
+    positions = sum(output.ids.shape[1] for output in outputs)
+    detail = f"{len(outputs)} prompts, {positions} positions, float32, within {_MLX_ERROR:.0e} of codes / s"
+    return Check("logits", detail, wrong)
 
 
 def _compare_tokens(outputs: list[Outputs], expected: list[Tensor], tie: float) -> Check:
@@ -194,12 +192,13 @@ def _error(outputs: list[Outputs], expected: list[Tensor]) -> float:
 def _load(checkpoint: TernaryCheckpoint, dtype: torch.dtype) -> nn.Module:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(checkpoint.companions, local_files_only=True)
+    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    config = transformers.AutoConfig.from_pretrained(checkpoint.companions, **safe)
     named = (checkpoint.config.get("architectures") or [""])[0]
     kind = getattr(transformers, named, transformers.AutoModelForCausalLM)
     gc.collect()  # the model before this one
     with torch.compiler.set_stance("force_eager"):  # transformers compiles its unpacking
-        model = kind.from_pretrained(checkpoint.folder, config=config, dtype=dtype, local_files_only=True)
+        model = kind.from_pretrained(checkpoint.folder, config=config, dtype=dtype, **safe)
     return model.eval()
 
 

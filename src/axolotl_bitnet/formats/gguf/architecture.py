@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...storage.atomic import CheckpointError
+from ..config_json import rope_of, sliding_window
 
 ROPE_FREQS = "rope_freqs.weight"
 _OUTER = {
@@ -54,6 +55,7 @@ class Architecture:
 
 ARCHITECTURES = (
     Architecture("LlamaForCausalLM", "llama", "llama", permuted=True, biases=frozenset(_BIASED)),
+    Architecture("MistralForCausalLM", "mistral", "llama", permuted=True),
     Architecture("Qwen2ForCausalLM", "qwen2", "qwen2", biases=frozenset({"attn_q", "attn_k", "attn_v"})),
     Architecture("Qwen3ForCausalLM", "qwen3", "qwen3", qk_norms=True),
 )
@@ -100,8 +102,8 @@ def _check_computation(config: Mapping[str, Any], name: str) -> None:
     """Refuse what llama.cpp would silently compute otherwise."""
     if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise CheckpointError(f"hidden_act '{act}': llama.cpp computes {name} with silu only")
-    if config.get("use_sliding_window"):
-        raise CheckpointError(f"use_sliding_window: llama.cpp computes {name} with full attention only")
+    if window := sliding_window(config):
+        raise CheckpointError(f"{window}: llama.cpp computes {name} with full attention only")
     if rope_of(config).get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError("partial_rotary_factor: llama.cpp rotates the whole of a Llama's heads")
 
@@ -177,10 +179,3 @@ def row_order(architecture: Architecture, shape: Shape, name: str) -> Tensor | N
         return None
     rows = torch.arange(heads * shape.head_dim).reshape(heads, 2, shape.head_dim // 2)
     return rows.transpose(1, 2).reshape(-1)
-
-
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE's parameters, whichever of transformers' two ways the config has them in."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    top = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
-    return top | dict(rope)

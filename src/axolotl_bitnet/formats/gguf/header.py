@@ -153,4 +153,7 @@ def _parse(path: Path, cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> He
         tensors[name] = Stored(kind, shape, start + offset, count // elements * size)
         if tensors[name].offset + tensors[name].nbytes > len(cursor.data):
             raise CheckpointError(f"{path} ends before or within '{name}': it was cut short")
+    end = max((stored.offset + stored.nbytes for stored in tensors.values()), default=start)
+    if (rest := len(cursor.data) - end) > alignment:
+        raise CheckpointError(f"{path} is damaged: {rest:,} bytes follow its last tensor")
     return Header(path, metadata, tensors)

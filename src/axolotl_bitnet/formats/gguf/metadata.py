@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...storage.atomic import CheckpointError
+from ..config_json import rope_of, rope_type
 from . import architecture as llama
-from .architecture import Architecture, rope_of, shape_of
+from .architecture import Architecture, shape_of
 from .header import Header
 
 
@@ -106,12 +107,14 @@ def metadata_of(architecture: Architecture, config: Mapping[str, Any]) -> dict[s
     }
     if isinstance(context := config.get("max_position_embeddings"), int):
         values[f"{name}.context_length"] = context
-    kind = _rope_type(rope)
+    kind = rope_type(rope)
     if kind in ("linear", "yarn"):
         values[f"{name}.rope.scaling.type"] = kind
         values[f"{name}.rope.scaling.factor"] = float(rope["factor"])
     if kind == "yarn":
         values |= _yarn(name, rope, config)
+    if kind == "llama3" and name != "llama":
+        raise CheckpointError(f"rope_type 'llama3': llama.cpp loads its factors for Llama, not for {name}")
     if kind not in ("default", "linear", "yarn", "llama3"):
         raise CheckpointError(f"rope_type '{kind}': llama.cpp scales RoPE as linear, yarn or llama3 do")
     return values
@@ -146,7 +149,7 @@ def yarn_attention(factor: float) -> float:
 def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
     """For Llama 3's scaling, what llama.cpp divides each frequency by: float32 (head_dim / 2,)."""
     rope = rope_of(config)
-    if _rope_type(rope) != "llama3":
+    if rope_type(rope) != "llama3":
         return None
     dim, base, factor = shape_of(config).head_dim, float(rope.get("rope_theta", 10000.0)), rope["factor"]
     low, high, before = (
@@ -156,7 +159,3 @@ def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
     wavelength = 2 * math.pi * base ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     smooth = ((before / wavelength - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / factor + smooth)).to(torch.float32)
-
-
-def _rope_type(rope: Mapping[str, Any]) -> str:
-    return str(rope.get("rope_type") or rope.get("type") or "default")

@@ -98,6 +98,7 @@ class GGUFCheckpoint(TernaryCheckpoint):
             )
             for key, name in self._names.items()
         }
+        self.settle_head()
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         key = self.keys[name]

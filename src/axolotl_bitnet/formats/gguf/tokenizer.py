@@ -69,6 +69,10 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     tokens, types = _tokens(backend.get_vocab(with_added_tokens=True), spec, size, folder)
     steps = [kind for kind, _ in _steps(spec.get("pre_tokenizer"))]
     if "ByteLevel" in steps:
+        if not spec["model"]["merges"]:
+            raise CheckpointError(
+                f"{folder}: its byte-level BPE tokenizer has no merges, without which llama.cpp loads no file"
+            )
         pre = _pre_tokenizer(backend, spec, folder)
         vocabulary = Vocabulary("gpt2", pre, tokens, types, merges=_merges(spec))
     else:

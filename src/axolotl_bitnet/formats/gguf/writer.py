@@ -84,7 +84,7 @@ def _plan(
     parts: list[_Part] = []
     as_f16: list[str] = []
     for key, entry in source.entries.items():
-        if key.endswith("rotary_emb.inv_freq") or (tied and key == llama.HEAD):
+        if key.endswith("rotary_emb.inv_freq"):
             continue
         if key not in known:
             raise CheckpointError(

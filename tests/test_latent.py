@@ -187,9 +187,9 @@ def test_companions(tmp_path: Path) -> None:
     for name in KEPT + LEFT:
         (source / name).write_text(f"{name} of a")
     (source / "tokenizer_folder").mkdir()
-    assert copy_companions(source, target) == KEPT
+    assert copy_companions(source, target, {}) == KEPT
     assert sorted(path.name for path in target.iterdir()) == KEPT
     assert all((target / name).read_text() == f"{name} of a" for name in KEPT)
     write_json(source / "tokenizer.json", {"new": 1})
-    copy_companions(source, target)
+    copy_companions(source, target, {})
     assert read_json(target / "tokenizer.json") == {"new": 1}

@@ -246,6 +246,7 @@ def test_code_of_the_model_s_own_travels_and_never_runs(run: Path, tmp_path: Pat
         assert sorted(path.name for path in target.glob("*.py")) == ["modeling_mine.py", "parts_mine.py"]
         report = verify_checkpoint(target, latents, PROMPTS)
         assert report.ok and report.checks[-1].detail == "not run: the model needs code of its own"
-    (tmp_path / "packed" / "modeling_mine.py").write_text("class Mine: other = True\n")
+    export("packed", latents, tmp_path / "packed", overwrite=True)
+    (tmp_path / "packed" / "modeling_mine.py").write_text("from .parts_mine import Part\n")
     assert verify_checkpoint(tmp_path / "packed", latents).mismatches == ["modeling_mine.py differs"]
     assert not (tmp_path / "it ran").exists()

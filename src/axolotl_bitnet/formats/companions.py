@@ -44,10 +44,11 @@ def written_here(path: Path) -> bool:
     """Whether an entry of a folder has a name that this package's writers of folders give."""
     if path.is_dir() and not path.is_symlink():
         return path.name == MORE_TEMPLATES
-    return any(fnmatchcase(path.name, pattern) for pattern in (SINGLE, "config.json", *COMPANIONS))
+    known = any(fnmatchcase(path.name, pattern) for pattern in (SINGLE, "config.json", *COMPANIONS))
+    return known or path.name in code_files(path.parent, _read(path.parent / "config.json"))
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
+def copy_companions(source: Path, target: Path, config: Mapping[str, Any]) -> list[str]:
     """Copy tokenizer, chat template, generation config and the like; returns the names copied.
 
     A folder without a tokenizer is a model all the same, so that is a warning.
@@ -55,7 +56,7 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     if not any((source / name).is_file() for name in TOKENIZERS):
         LOG.warning("%s holds no tokenizer: what is written has none either; copy its files there", source)
     beside = {path.name for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}
-    names = sorted(beside | set(code_files(source)))
+    names = sorted(beside | set(code_files(source, config)))
     for name in names:
         shutil.copyfile(source / name, target / name)
     if (source / MORE_TEMPLATES).is_dir():
@@ -67,11 +68,11 @@ _MODULE = re.compile(r"(\w+)\.\w+")  # of this folder: no path, no other reposit
 _RELATIVE = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import|from\s+\.\s+import\s+(\w+))", re.MULTILINE)
 
 
-def code_files(folder: Path) -> list[str]:
-    """The ``*.py`` files in a folder that ``auto_map`` names in its configs, and those that they import:
+def code_files(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """The ``*.py`` files in a folder that ``auto_map`` names in its config.json, ``config``, or in its
+    tokenizer's, and those that they import:
     code of the model's own, without which it cannot be loaded. Plain names in the folder only."""
-    configs = ("config.json", "tokenizer_config.json")
-    waiting = [name for config in configs for name in _named(folder / config)]
+    waiting = [*_named(config), *_named(_read(folder / "tokenizer_config.json"))]
     found: set[str] = set()
     while waiting:
         name = waiting.pop()
@@ -91,11 +92,15 @@ def needs_code(config: Mapping[str, Any]) -> bool:
     return bool(config.get("auto_map")) and config.get("model_type") not in CONFIG_MAPPING
 
 
-def _named(path: Path) -> list[str]:
+def _read(path: Path) -> Mapping[str, Any]:
     try:
-        entries = read_json(path).get("auto_map")
+        return read_json(path) if path.is_file() else {}
     except CheckpointError:
-        return []
+        return {}
+
+
+def _named(config: Mapping[str, Any]) -> list[str]:
+    entries = config.get("auto_map")
     values = entries.values() if isinstance(entries, dict) else [entries]
     flat = [each for value in values for each in (value if isinstance(value, list) else [value])]
     return [m[1] for each in flat if isinstance(each, str) and (m := _MODULE.fullmatch(each))]

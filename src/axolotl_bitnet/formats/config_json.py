@@ -109,6 +109,12 @@ def in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
     return kept | inside | {"dtype": "bfloat16"}
 
 
+def architecture_name(config: Mapping[str, Any]) -> str:
+    """transformers' class of the model, as a config.json names it; "" if it names none."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+
+
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE's parameters, whichever of transformers' two ways the config has them in."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -21,6 +21,7 @@ from ..storage.parallel import one_thread
 from ..storage.safetensors_stream import SINGLE, Entry, SafetensorsWriter
 from .checkpoint import TernaryCheckpoint
 from .companions import copy_companions, written_here
+from .config_json import architecture_name
 from .format import Format, Proof
 
 
@@ -82,7 +83,7 @@ class FolderFormat(Format):
                     else:
                         writer.write_blocks(key, source.blocks(key, self._stored_as(entry)))
             write_json(work / "config.json", dict(config))
-            copy_companions(source.companions, work)
+            copy_companions(source.companions, work, source.config)
             if check is not None:
                 check(work)
         return Path(dst)
@@ -174,8 +175,7 @@ def _model_of(config: dict[str, Any]) -> nn.Module | None:
     """The model on the meta device; None if transformers has no such class, or the config is not enough."""
     import transformers
 
-    names = config.get("architectures") or [None]
-    kind = getattr(transformers, str(names[0]), None)
+    kind = getattr(transformers, architecture_name(config), None)
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
         return None
     described: Any = getattr(kind, "config_class", None)

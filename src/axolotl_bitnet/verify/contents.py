@@ -105,13 +105,13 @@ def _short(value: Any) -> str:
 
 def compare_companions(artifact: TernaryCheckpoint, reference: TernaryCheckpoint) -> Check:
     """Tokenizer, chat template, generation config and the like, byte for byte."""
-    theirs = _companions(reference.companions)
+    theirs = _companions(reference)
     if not theirs:
         return Check("tokenizer", f"there is none in {reference.companions}", done=False)
     if isinstance(artifact, GGUFCheckpoint):
         count, found = compare_vocabulary(artifact, reference)
         return Check("tokenizer", f"{count} entries of metadata, exact", found)
-    ours = _companions(artifact.companions)
+    ours = _companions(artifact)
     found = [f"{name} is missing" for name in sorted(theirs.keys() - ours.keys())]
     found += [f"{name} was not there in training" for name in sorted(ours.keys() - theirs.keys())]
     for name in sorted(ours.keys() & theirs.keys()):
@@ -121,8 +121,9 @@ def compare_companions(artifact: TernaryCheckpoint, reference: TernaryCheckpoint
     return Check("tokenizer", f"{of} files, byte for byte", found)
 
 
-def _companions(folder: Path) -> dict[str, Path]:
+def _companions(checkpoint: TernaryCheckpoint) -> dict[str, Path]:
+    folder = checkpoint.companions
     patterns = [*COMPANIONS, f"{MORE_TEMPLATES}/*"]
     paths = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
-    paths += [folder / name for name in code_files(folder)]
+    paths += [folder / name for name in code_files(folder, checkpoint.config)]
     return {path.relative_to(folder).as_posix(): path for path in paths}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..formats.checkpoint import TernaryCheckpoint
 from ..formats.companions import needs_code
+from ..formats.config_json import architecture_name
 from ..model.convert import convert_to_bitlinear
 from ..ternary import dequantize
 from .engines import ENGINES, TOKENS, Outputs, consumer_of
@@ -194,8 +195,7 @@ def _load(checkpoint: TernaryCheckpoint, dtype: torch.dtype) -> nn.Module:
 
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     config = transformers.AutoConfig.from_pretrained(checkpoint.companions, **safe)
-    named = (checkpoint.config.get("architectures") or [""])[0]
-    kind = getattr(transformers, named, transformers.AutoModelForCausalLM)
+    kind = getattr(transformers, architecture_name(checkpoint.config), transformers.AutoModelForCausalLM)
     gc.collect()  # the model before this one
     with torch.compiler.set_stance("force_eager"):  # transformers compiles its unpacking
         model = kind.from_pretrained(checkpoint.folder, config=config, dtype=dtype, **safe)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...storage.atomic import CheckpointError
-from ..config_json import rope_of, sliding_window
+from ..config_json import architecture_name, rope_of, sliding_window
 
 ROPE_FREQS = "rope_freqs.weight"
 _OUTER = {
@@ -81,7 +81,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     Raises:
         CheckpointError: llama.cpp cannot run it, or not as transformers does; with the reason.
     """
-    (name, *_) = config.get("architectures") or ["a model whose config names no architecture"]
+    name = architecture_name(config) or "a model whose config names no architecture"
     found = next((known for known in ARCHITECTURES if known.transformers == name), None)
     if found is None:
         supported = ", ".join(known.transformers for known in ARCHITECTURES)

@@ -86,7 +86,8 @@ def test_command(document: str, command: str, workplace: Path, monkeypatch: pyte
         if "gguf" in command and not HAS_GGUF:
             pytest.skip("needs the gguf package")
         shutil.rmtree(workplace / "my-recipes", ignore_errors=True)
-        result = CliRunner().invoke(cli, words[1:])
+        arguments = [str(ROOT / word) if word.startswith("examples/") else word for word in words[1:]]
+        result = CliRunner().invoke(cli, arguments)
         assert result.exit_code == 0, result.output
     elif words[0] == "python":
         script = ROOT / words[1]

@@ -66,7 +66,7 @@ def doctor(machine: bool) -> None:
     \b
     Example:
         axolotl bitnet doctor
-        axolotl bitnet doctor --json
+        axolotl-bitnet doctor --json
     """
     found = {name: _version(name) for name in ("axolotl-bitnet", *_PACKAGES)}
     gpus = gpus_of(_nvidia_smi())

@@ -347,6 +347,14 @@ def test_help_of_every_command_has_an_example() -> None:
     assert code == 2 and "No such command" in output
 
 
+def test_every_command_is_on_its_page_and_no_help_is_cut_off() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    for name in main.list_commands(click.Context(main)):
+        assert f"\n| `{name}" in page, name
+        assert "..." not in _call(name, "--help")[1].replace("[OPTIONS]...", "")
+    assert main.get_short_help_str() == "Ternary (1.58-bit) models."  # what `axolotl --help` shows, whole
+
+
 def test_module_and_entry_points_lead_here() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "axolotl_bitnet", "--help"], capture_output=True, text=True, check=True

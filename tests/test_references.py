@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
-from axolotl_bitnet.plugin.upstream import trl_reference as references
+from axolotl_bitnet.model.layer_plan import CONFIG_KEY
 from axolotl_bitnet.plugin.upstream.trl_reference import is_ternary, refuse_dense_judges, settle_reference
 from axolotl_bitnet.plugin.upstream.trl_reference_cache import key_precomputed_references
 
@@ -119,7 +119,7 @@ def test_a_ternary_reward_model_must_be_packed_to_judge(tiny_model: MakeModel) -
     judges = SimpleNamespace(reward_funcs=[lambda prompts, completions: [0.0], latents])
     refuse_dense_judges(judges)  # never ternary
     convert_to_bitlinear(latents)
-    assert vars(latents.config).keys() - dense_config.keys() == {references.CONFIG_KEY}
+    assert vars(latents.config).keys() - dense_config.keys() == {CONFIG_KEY}
     with pytest.raises(ValueError, match=r"reward_funcs.*packed/"):
         refuse_dense_judges(judges)
     latents.config.quantization_config = {"quant_method": "bitnet"}

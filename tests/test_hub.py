@@ -146,7 +146,7 @@ def test_pushes_in_the_course_of_training_hold_no_earlier_artifacts(
     stale = tmp_path / "out" / "packed" / "model.safetensors"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"an earlier run's")
-    (tmp_path / "out" / "bitnet.json").write_text("{}")
+    (tmp_path / "out" / "bitnet.json").write_text('{"artifacts": {"packed": {"path": "packed"}}}')
     train(_pushing(tmp_path, base))
     *before, (_, last) = repository.commits
     assert before and not any(_packed(files) or "bitnet.json" in files for _, files in before)

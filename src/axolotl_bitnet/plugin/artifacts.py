@@ -102,6 +102,15 @@ def _new_aside(folder: Path) -> Path:
     return work.rename(folder / next(name for name in names if name not in taken))
 
 
+def _delete_leftovers(folder: Path) -> None:
+    """A previous run's files, and what a killed writing left. A folder of the first kind gets a name of the
+    second before it is deleted, for its mark may be deleted before the rest."""
+    for path in [path for path in folder.iterdir() if _LEFTOVER.fullmatch(path.name)]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in [path for path in folder.iterdir() if (path / MADE_HERE).is_file()]:
+        shutil.rmtree(path.rename(folder / f".{ASIDE}.old-{path.name}"), ignore_errors=True)
+
+
 def _keystone(path: Path) -> int:
     """An index goes before its shards, which are nothing without it; the fingerprint goes last."""
     return {INDEX: 2, RUN_FILE: 0}.get(path.name, 1)
@@ -175,9 +184,7 @@ def finish_run(
         for other in failures[1:]:
             failures[0].add_note(f"and: {other}")
         raise failures[0]
-    for path in folder.iterdir():
-        if _LEFTOVER.fullmatch(path.name) or (path / MADE_HERE).is_file():
-            shutil.rmtree(path, ignore_errors=True)
+    _delete_leftovers(folder)
     return report
 
 

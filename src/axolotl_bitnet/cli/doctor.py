@@ -25,7 +25,7 @@ _PACKAGES = {
     "torchao": "`optimizer: adamw_torch_8bit`: bfloat16 latents with stochastic rounding",
     "liger-kernel": "Axolotl's Liger plugin",
     "deepspeed": "ZeRO",
-    "gguf": "`bitnet.export: [gguf-...]`, `axolotl bitnet gguf`: pip install 'axolotl-bitnet[gguf]'",
+    "gguf": "`bitnet.export: [gguf-...]`, `axolotl-bitnet gguf`: pip install 'axolotl-bitnet[gguf]'",
     "xllamacpp": "running a GGUF file when it is verified",
     "jinja2": "the report's page: pip install 'axolotl-bitnet[report]'",
     "matplotlib": "the report's plots: pip install 'axolotl-bitnet[report]'",
@@ -65,7 +65,7 @@ def doctor(machine: bool) -> None:
 
     \b
     Example:
-        axolotl bitnet doctor
+        axolotl-bitnet doctor
         axolotl-bitnet doctor --json
     """
     found = {name: _version(name) for name in ("axolotl-bitnet", *_PACKAGES)}

@@ -31,7 +31,7 @@ def plan(config: Path, base: Path | None, machine: bool) -> None:
 
     \b
     Example:
-        axolotl bitnet plan my-recipes/sft-1b.yaml
+        axolotl-bitnet plan my-recipes/sft-1b.yaml
         axolotl-bitnet plan my-recipes/sft.yaml --base falcon-e-3b --json
     """
     cfg = _read(config)

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from shared import append_csv, free, machine, read_csv, write_csv  # noqa: E402
+from common import append_csv, free, machine, read_csv, write_csv  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
 

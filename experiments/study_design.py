@@ -109,11 +109,26 @@ def trained(rows: Rows, base: Setting) -> list[Setting]:
 sft = _continued("sft", (5e-4, 5e-5, 2e-4, 1e-5, 1e-3), 200)
 dpo = _continued("dpo", (1e-5, 5e-5, 2e-6, 2e-4), 100)
 
+
+def low_memory(rows: Rows, base: Setting) -> list[Setting]:
+    """Float32 latents against bfloat16 ones with stochastic rounding and 8-bit moments: three seeds of a
+    dense base with a ramp, and of SFT of a ternary one."""
+    tasks = [
+        replace(base, ramp=0.1, lr=1e-3),
+        replace(base, task="sft", start="trained", steps=min(200, base.steps)),
+    ]
+    low = dict(latents="bfloat16-sr", optimizer="adamw-8bit")
+    return [
+        replace(task, seed=seed, **state) for seed in (1, *SEEDS) for task in tasks for state in ({}, low)
+    ]
+
+
 STAGES: dict[str, Callable[[Rows, Setting], list[Setting]]] = {
     "rates": rates,
     "dense": dense,
     "factors": factors,
     "seeds": seeds,
+    "low_memory": low_memory,
     "sft": sft,
     "dpo": dpo,
 }

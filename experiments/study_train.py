@@ -55,6 +55,11 @@ def make_optimizer(flat: Flat, setting: Setting) -> torch.optim.Optimizer:
         lr = setting.lr if reached else setting.lr / 10
         groups.append(dict(params=[tensor], lr=lr, base_lr=lr, weight_decay=decay, kind=kind))
     betas = (0.9, 0.95)
+    if setting.latents == "bfloat16-sr" and setting.optimizer == "adamw-8bit":
+        from axolotl_bitnet.training.rounding import seeded_adamw
+
+        options = dict(lr=setting.lr, betas=betas, bf16_stochastic_round=True, seed=setting.seed)
+        return seeded_adamw()(groups, **options)  # what the recipes' low-memory block trains with
     if setting.latents == "bfloat16-sr":
         from torchao.optim import _AdamW
 

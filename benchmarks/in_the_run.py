@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ import torch.distributed as dist
 import yaml
 from common import RESULTS, append_csv
 from scaling import ROOT, SHAPES, VOCABULARY, save_base
+
+from axolotl_bitnet.plugin.upstream import sdpa_varlen
 
 LIGER: dict[str, Any] = {
     "plugins": ["axolotl.integrations.liger.LigerPlugin"],
@@ -45,6 +48,7 @@ DENSE = {"use_onebitllms": False, "bitnet": None, "learning_rate": 5e-4}
 QAT = {"qat": {"weight_dtype": "ternary", "activation_dtype": "int8"}}
 KINDS: dict[str, dict[str, Any]] = {  # what each adds to the recipe
     "dense": DENSE,
+    "dense asked once": DENSE,  # with what the plugin changes in Axolotl's attention to packed rows
     "dense liger": DENSE | LIGER,
     "dense compiled": DENSE | COMPILED,
     "dense fp8": DENSE | COMPILED | {"fp8": True},
@@ -111,14 +115,14 @@ class Watch:
     """A Trainer callback that times steps, profiles one more, and ends the run."""
 
     def __init__(self, args: argparse.Namespace, seconds: float) -> None:
-        self.args, self.deadline = args, time.perf_counter() + seconds
+        self.args, self.seconds, self.enough = args, seconds, False
         self.times: list[float] = []
         self.loss = 0.0
         self.profile: Any = None
         self.profiled = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        if self.profile is None and len(self.times) > self.args.warmup + self.args.steps:
+        if self.args.profile and self.enough:
             wanted = [torch.profiler.ProfilerActivity.CPU]
             wanted += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             self.profile = torch.profiler.profile(activities=wanted)
@@ -134,13 +138,14 @@ class Watch:
             self.profiled = now - self.began
             self.profile.stop()
             raise Done
-        late = len(self.times) > self.args.warmup + 2 and now > self.deadline
-        enough = len(self.times) > self.args.warmup + self.args.steps
+        late = len(self.times) > self.args.warmup + 2 and now > self.times[0] + self.seconds
+        late |= len(self.times) > self.args.warmup + self.args.steps
         if dist.is_initialized():  # all leave at the same step
             flag = torch.tensor(float(late), device="cuda" if torch.cuda.is_available() else "cpu")
             dist.all_reduce(flag)
             late = bool(flag.item())
-        if late or (enough and not self.args.profile):
+        self.enough = late
+        if late and not self.args.profile:
             raise Done
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -158,6 +163,7 @@ def restored() -> Iterator[None]:
     """Environment, patched classes and accelerate's state are afterwards as they were."""
     from accelerate.state import AcceleratorState, GradientState
     from axolotl.integrations.base import PluginManager
+    from axolotl.monkeypatch.attention.sdpa_varlen import unpatch_sdpa_varlen
     from transformers.models.llama import modeling_llama
 
     environment, own = dict(os.environ), dict(vars(modeling_llama))
@@ -173,6 +179,11 @@ def restored() -> Iterator[None]:
             for name in ("forward", "__init__"):
                 if name in kept:
                     setattr(one, name, kept[name])
+        unpatch_sdpa_varlen()
+        for module_name, name in sdpa_varlen._SYMBOLS:
+            module = import_module(module_name)
+            function = getattr(module, name)
+            setattr(module, name, getattr(function, "__wrapped__", function))
         AcceleratorState._reset_state()
         GradientState._reset_state()
         manager = PluginManager.get_instance()
@@ -185,9 +196,10 @@ def restored() -> Iterator[None]:
 
 
 def run(args: argparse.Namespace, folder: Path, kind: str) -> Watch:
-    import runs
     from axolotl.train import train
     from transformers import Trainer, TrainerCallback
+
+    from support.runs import prepare
 
     watch = Watch(args, args.seconds)
     build = Trainer.__init__
@@ -203,7 +215,9 @@ def run(args: argparse.Namespace, folder: Path, kind: str) -> Watch:
         with restored():
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            cfg, data = runs.prepare(recipe(args, folder, kind))
+            if kind.endswith("asked once"):
+                sdpa_varlen.ask_once_a_batch()
+            cfg, data = prepare(recipe(args, folder, kind))
             try:
                 train(cfg=cfg, dataset_meta=data)
             except Done as done:

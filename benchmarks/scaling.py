@@ -43,9 +43,8 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def prepare(folder: Path, shape: str, sequence: int, rows: int) -> None:
-    """A base of random weights, the tiny recipe's tokenizer, and rows of random tokens."""
-    from datasets import Dataset
+def save_base(folder: Path, shape: str) -> None:
+    """A base of random weights, with the tiny recipe's tokenizer; once."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     if not (folder / "config.json").exists():
@@ -65,6 +64,13 @@ def prepare(folder: Path, shape: str, sequence: int, rows: int) -> None:
             folder
         )
         torch.cuda.empty_cache()
+
+
+def prepare(folder: Path, shape: str, sequence: int, rows: int) -> None:
+    """A base, and rows of random tokens."""
+    from datasets import Dataset
+
+    save_base(folder, shape)
     ids = torch.randint(3, VOCABULARY, (rows, sequence), generator=torch.Generator().manual_seed(1)).tolist()
     ones = [[1] * sequence] * rows
     Dataset.from_dict({"input_ids": ids, "attention_mask": ones, "labels": ids}).to_parquet(

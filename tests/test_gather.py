@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from axolotl_bitnet import ops
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.layers.gathered_weight import GatheredWeight
+from axolotl_bitnet.layers.weight_codes import forget_weight_codes, keep_weight_codes
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.ops import dequantized_weight, ternarize, transposed_codes
 from axolotl_bitnet.training import fsdp2_gather
@@ -50,6 +52,8 @@ def losses_and_weights(model: nn.Sequential, steps: int = 3, micro_batches: int 
     dtype = how.get("dtype") or first.dtype
     seen: list[Any] = []
     for step in range(steps):
+        if how.get("window"):
+            keep_weight_codes(whole=False)
         for micro in range(micro_batches):
             if how.get("sync_last"):
                 model.set_requires_gradient_sync(micro == micro_batches - 1)
@@ -58,6 +62,7 @@ def losses_and_weights(model: nn.Sequential, steps: int = 3, micro_batches: int 
             seen.append(loss.detach())
         seen += [parameter.grad.full_tensor() for parameter in model.parameters()]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        forget_weight_codes()
         optimizer.step()
         optimizer.zero_grad()
         seen.append(fingerprint_model(model).digest)
@@ -73,10 +78,19 @@ def pair(run: Callable[[str], list[Any]]) -> tuple[list[Any], list[Any]]:
 
 
 def either(
-    policy: torch.dtype | None = None, micro_batches: int = 1, sync_last: bool = False, **how: Any
+    policy: torch.dtype | None = None,
+    micro_batches: int = 1,
+    sync_last: bool = False,
+    window: bool = False,
+    **how: Any,
 ) -> Any:
     def run(gather: str) -> list[Any]:
-        how_to_run = {"micro_batches": micro_batches, "sync_last": sync_last, "dtype": policy}
+        how_to_run = {
+            "micro_batches": micro_batches,
+            "sync_last": sync_last,
+            "dtype": policy,
+            "window": window,
+        }
         return losses_and_weights(shard(gather, policy=policy, **how), **how_to_run)
 
     return pair(run)
@@ -188,6 +202,26 @@ def gathered() -> Any:
     return [], []
 
 
+def packed_once() -> Any:
+    """While weights are said not to change, shards are packed and summed once; afterwards anew each time."""
+    model, counts = shard("ternary"), []
+    packs, sums = Mock(side_effect=ops.pack_shard), Mock(side_effect=ops.abs_sum_parts)
+    with patch.object(ops, "pack_shard", packs), patch.object(ops, "abs_sum_parts", sums):
+        for said in (True, False):
+            if said:
+                keep_weight_codes(whole=False)
+            for _ in range(3):
+                model(batch(0, 0)).sum().backward()
+            counts.append((packs.call_count, sums.call_count))
+            packs.reset_mock(), sums.reset_mock()
+            forget_weight_codes()
+    assert counts == [
+        (TERNARY, TERNARY),
+        (3 * 2 * TERNARY, 3 * TERNARY),
+    ]  # packed in a forward and a backward
+    return [], []
+
+
 def build_like(latents: Tensor) -> nn.Sequential:
     layer = BitLinear(latents.shape[1], latents.shape[0], bias=False)
     layer.weight.data = latents
@@ -255,6 +289,8 @@ CASES: dict[str, tuple[int, Callable[[], Any]]] = {  # name: processes, what the
     "activation checkpointing": (2, lambda: either(checkpointed=True)),
     "accumulation": (2, lambda: either(micro_batches=3)),
     "accumulation, gradients reduced at the end": (2, lambda: either(micro_batches=3, sync_last=True)),
+    "accumulation, bytes kept": (2, lambda: either(micro_batches=3, window=True, checkpointed=True)),
+    "packed once": (2, packed_once),
     "compiled layers": (2, compiled_layers),
     "edited weights": (2, edited_weights),
     "already used": (2, already_used),

@@ -76,8 +76,8 @@ def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bi
     four = ternary.ternarize(torch.randn(8, columns))[0]  # as many rows as bytes want
     four = four if x.is_contiguous() else four.t().contiguous().t()
     norm = torch.randn(columns).to(x.dtype)
-    packed = ops.pack_codes.plain(four)[:2].expand(2, -1)  # one shard of four rows, one of three
-    packed = packed if x.is_contiguous() else packed.t().contiguous().t()
+    packed = ops.pack_codes.plain(four)[:1].expand(2, 1, -1)  # one shard of four rows, one of three
+    packed = packed if x.is_contiguous() else packed.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
     return {
         "ternarize": [latents],
@@ -92,8 +92,8 @@ def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bi
         "rmsnorm_backward": [dy, x, norm, rstd],
         "pack_codes": [four],
         "unpack_codes": [ops.pack_codes.plain(four)],
-        "unpack_shards": [packed, 2, 7],
-        "dequantize_shards": [packed, g, 2, 7, dtype],
+        "unpack_shards": [packed, 7],
+        "dequantize_shards": [packed, g, 7, dtype],
     }[operation]
 
 
@@ -188,11 +188,11 @@ def definition(operation: str, given: list[Any]) -> tuple[Tensor, ...]:
             return (sum((part << 2 * i for i, part in enumerate(rest, 1)), first).to(torch.uint8),)
         case "unpack_codes", [packed]:
             return (torch.cat([(packed.long() >> shift) % 4 - 1 for shift in (0, 2, 4, 6)]).to(torch.int8),)
-        case "unpack_shards", [packed, 2, 7]:
-            rows = [(packed[byte].long() >> 2 * row) % 4 - 1 for byte in range(2) for row in range(4)]
+        case "unpack_shards", [packed, 7]:
+            rows = [(packed[rank, 0].long() >> 2 * row) % 4 - 1 for rank in range(2) for row in range(4)]
             return (torch.stack(rows[:7]).to(torch.int8),)
-        case "dequantize_shards", [packed, g, 2, 7, dtype]:
-            (codes,) = definition("unpack_shards", [packed, 2, 7])
+        case "dequantize_shards", [packed, g, 7, dtype]:
+            (codes,) = definition("unpack_shards", [packed, 7])
             return (ternary.dequantize(codes, ternary.scale_of(g), dtype),)
     raise AssertionError(f"{operation} has no definition here")
 

@@ -23,11 +23,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from axolotl_bitnet.ops import ShardLayout
 from axolotl_bitnet.ops.kernels import activations, launch, matmul, packing, rmsnorm, shards, swiglu, weights
 
 BF16, F32 = torch.bfloat16, torch.float32
 NAMES = {F32: "fp32", BF16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-NAMES |= {torch.int8: "i8", torch.uint8: "u8"}
+NAMES |= {torch.int8: "i8", torch.uint8: "u8", torch.int64: "i64"}
 MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 120: 188}
 COLUMNS = [100, 2048, 3072, 9216, 13312, 23040, 32768]  # Falcon-E, Falcon3-10B, and the longest there may be
 ROWS = 8192
@@ -56,9 +57,14 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"dequantized {dtype}", lambda w=weight, g=g: weights.dequantized_weight(w, g, BF16)
         yield f"transposed {dtype}", lambda w=weight, g=g: weights.transposed_codes(w, g)
         yield f"shard {dtype}", lambda w=weight, g=g: shards.pack_shard(w[:1152], g, 1152)
-    gathered = empty(2304, 2048, dtype=torch.uint8)
-    yield "shards to codes", lambda: shards.unpack_shards(gathered, 8, 9216)
-    yield "shards to bf16", lambda: shards.dequantize_shards(gathered, empty(dtype=F32), 8, 9216, BF16)
+    gathered = empty(8, 288, 2048, dtype=torch.uint8)
+    yield "shards to codes", lambda: shards.unpack_shards(gathered, 9216)
+    yield "shards to bf16", lambda: shards.dequantize_shards(gathered, empty(dtype=F32), 9216, BF16)
+    layout = ShardLayout(8, [(2048, 2048), (256, 2048), (9216, 2048), (2048, 9216)])
+    yield (
+        "layer to codes",
+        lambda: shards.unpack_layer(empty(8, layout.packed_size, dtype=torch.uint8), layout),
+    )
     yield "pack", lambda: packing.pack_codes(empty(9216, 2048, dtype=torch.int8))
     yield "unpack", lambda: packing.unpack_codes(empty(2304, 2048, dtype=torch.uint8))
 

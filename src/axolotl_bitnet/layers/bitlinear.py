@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from .gathered_weight import GatheredWeight
-from .weight_codes import ternarize
+from .weight_codes import dequantized_weight, ternarize, transposed_codes
 
 _GRADIENT_FLOOR = 1e-30  # of a mean over many tokens, gradients lie far below the floor of activations
 
@@ -159,7 +159,7 @@ class _Ramped(torch.autograd.Function):
 
 
 def _mixed_weight(weight: Tensor, g: Tensor, ramp: Tensor, dtype: torch.dtype) -> Tensor:
-    return _mix(weight, ops.dequantized_weight(weight, g, torch.float32), ramp, dtype)
+    return _mix(weight, dequantized_weight(weight, g, torch.float32), ramp, dtype)
 
 
 def _mixed_activations(x: Tensor, codes: Tensor, r: Tensor, ramp: Tensor, dtype: torch.dtype) -> Tensor:
@@ -191,8 +191,8 @@ def input_gradient(dy: Tensor, weight: Tensor, g: Tensor, int8_grad: bool) -> Te
     """``dY . (codes_w / s)``, (..., in_features) in dY's dtype."""
     if int8_grad:
         codes, r = ops.quantize_activations(dy, dy.dtype, _GRADIENT_FLOOR)
-        return ops.matmul(codes, r, *ops.transposed_codes(weight, g), None, dy.dtype)
-    return dy @ ops.dequantized_weight(weight, g, dy.dtype)
+        return ops.matmul(codes, r, *transposed_codes(weight, g), None, dy.dtype)
+    return dy @ dequantized_weight(weight, g, dy.dtype)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,35 +11,81 @@ from torch import Tensor
 from .. import ops
 
 
+class GatheredLayer:
+    """The weights that were gathered together. One launch makes the codes of all, when the first is read;
+    once each has been read, they are left to their readers.
+
+    Args:
+        packed: uint8 (shards, ``layout.packed_size``), filled anew by each gather.
+        layout: where each weight's bytes and codes are.
+    """
+
+    def __init__(self, packed: Tensor, layout: ops.ShardLayout) -> None:
+        self.packed, self.layout = packed, layout
+        self.views = [self._view(part) for part in layout.parts]
+        self._codes: Tensor | None = None
+        self._unread = 0  # a bit a weight
+
+    def _view(self, part: Any) -> Tensor:
+        size = (self.layout.shards, part.bytes, part.columns)
+        strides = (self.layout.packed_size, part.columns, 1)
+        return self.packed.as_strided(size, strides, part.packed_at)
+
+    def codes(self, place: int) -> Tensor:
+        """int8 (rows, columns) of the place-th weight."""
+        if self._codes is None:
+            self._codes = ops.unpack_layer(self.packed, self.layout)
+            self._unread = (1 << len(self.views)) - 1
+        part = self.layout.parts[place]
+        codes = self._codes.as_strided((part.rows, part.columns), (part.columns, 1), part.codes_at)
+        self._unread &= ~(1 << place)
+        if not self._unread:
+            self._codes = None
+        return codes
+
+    def forget(self) -> None:
+        """The bytes have changed, or are no more."""
+        self._codes = None
+
+
 class GatheredWeight(Tensor):
     """A whole weight as the codes of its shards: what a BitLinear's ``weight`` is while it is gathered.
 
-    The operations of :mod:`axolotl_bitnet.ops` read the codes; any other sees ``codes / s``. Nothing can
-    write to it.
+    The layers read the codes; the operations of :mod:`axolotl_bitnet.ops` do too, and any other sees ``codes
+    / s``. Nothing can write to it.
     """
 
     packed: Tensor
     g: Tensor
     s: Tensor
-    shards: int
+    layer: GatheredLayer | None
+    place: int
 
     @staticmethod
     def __new__(
-        cls, packed: Tensor, g: Tensor, s: Tensor, shards: int, rows: int, dtype: torch.dtype
+        cls,
+        packed: Tensor,
+        g: Tensor,
+        s: Tensor,
+        rows: int,
+        dtype: torch.dtype,
+        layer: GatheredLayer | None = None,
+        place: int = 0,
     ) -> GatheredWeight:
         """
         Args:
-            packed: uint8 (shards * bytes, columns), of :func:`axolotl_bitnet.ops.ops.pack_shard`.
+            packed: uint8 (shards, bytes, columns), of :func:`axolotl_bitnet.ops.pack_shard`.
             g, s: float32 () and bfloat16 (1,), read anew whenever the weight is.
-            shards, rows, dtype: how many shards; rows and dtype of the weight that it stands for.
+            rows, dtype: of the weight that it stands for.
+            layer, place: what it was gathered with, if it was, and which it is there.
         """
-        shape = (rows, packed.shape[1])
+        shape = (rows, packed.shape[2])
         weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.device)
-        weight.packed, weight.g, weight.s, weight.shards = packed, g, s, shards
+        weight.packed, weight.g, weight.s, weight.layer, weight.place = packed, g, s, layer, place
         return weight
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["packed", "g", "s"], (self.shards, self.shape[0], self.dtype)
+        return ["packed", "g", "s"], (self.shape[0], self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(
@@ -59,23 +105,26 @@ class GatheredWeight(Tensor):
             return read(*args)
         if function is torch.ops.aten.detach.default:
             weight = args[0]
-            return cls(weight.packed, weight.g, weight.s, weight.shards, weight.shape[0], weight.dtype)
+            whole = weight.shape[0], weight.dtype, weight.layer, weight.place
+            return cls(weight.packed, weight.g, weight.s, *whole)
         if function._schema.is_mutable:
             raise RuntimeError(f"{function} would write to gathered ternary weights, which are only read")
         return function(*_dense(args), **_dense(kwargs))
 
     def __repr__(self) -> str:  # type: ignore[override]
         # Tensor's own reads elements, which a compiler that logs its inputs has none of
-        return f"GatheredWeight({tuple(self.shape)}, {self.dtype}, {self.shards} shards on {self.device})"
+        shards = self.packed.shape[0]
+        return f"GatheredWeight({tuple(self.shape)}, {self.dtype}, {shards} shards on {self.device})"
 
     def codes(self) -> Tensor:
         """int8 of the weight's shape."""
-        return ops.unpack_shards(self.packed, self.shards, self.shape[0])
+        if self.layer is not None:
+            return self.layer.codes(self.place)
+        return ops.unpack_shards(self.packed, self.shape[0])
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """``codes / s``."""
-        dtype = dtype or self.dtype
-        return ops.dequantize_shards(self.packed, self.g, self.shards, self.shape[0], dtype)
+        return ops.dequantize_shards(self.packed, self.g, self.shape[0], dtype or self.dtype)
 
 
 def _dense(value: Any) -> Any:

@@ -1,11 +1,12 @@
-"""Ternary codes kept while no weight can change: between one optimizer step and the next.
+"""The codes of a weight, from wherever they are: its latents, what was kept of them, or a gathered weight.
 
 A step of several micro-batches, or with activation checkpointing, reads every weight more than once, and
 would quantize it each time. Whether a weight changed in between cannot be told by looking: fused optimizers
 do not bump its version, and writes through ``.data`` never do. So nothing is kept unless the one who runs the
 loop says that no weight changes, and until when: here the Trainer's own callbacks do, from the first
-micro-batch to the optimizer step. What is kept is a byte a weight. A step of any torch optimizer ends the
-window too, should an interrupted run have left it open.
+micro-batch to the optimizer step. What is kept is a byte a weight; under FSDP2, where no rank has whole
+weights to keep, the gather packs each shard once instead. A step of any torch optimizer ends the window too,
+should an interrupted run have left it open.
 """
 
 from __future__ import annotations
@@ -19,35 +20,73 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import ops
+from .gathered_weight import GatheredWeight
 
 _Codes = tuple[Tensor, Tensor, Tensor]  # codes, s, g
-_kept: dict[int, tuple[Tensor, int, int, _Codes]] | None = None
+
+
+class Window:
+    """A time in which no weight changes, and the codes kept for it."""
+
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
+        self.kept: dict[int, tuple[Tensor, int, int, _Codes]] = {}
+
+
+_window: Window | None = None
 
 
 def ternarize(weight: Tensor) -> _Codes:
     """:func:`axolotl_bitnet.ops.ternarize`, once for as long as the weights are said not to change."""
-    if torch.compiler.is_compiling() or _kept is None:
+    if torch.compiler.is_compiling():
         return ops.ternarize(weight)
-    address = weight.data_ptr()
-    entry = _kept.get(id(weight))
+    if type(weight) is GatheredWeight:  # not through torch's dispatcher: it takes longer than a launch
+        return weight.codes(), weight.s, weight.g
+    if _window is None or not _window.whole:
+        return ops.ternarize(weight)
+    kept, address = _window.kept, weight.data_ptr()
+    entry = kept.get(id(weight))
     if entry is not None and entry[0] is weight and entry[1:3] == (weight._version, address):
         return entry[3]
     codes = ops.ternarize(weight)
-    _kept[id(weight)] = weight, weight._version, address, codes
+    kept[id(weight)] = weight, weight._version, address, codes
     return codes
 
 
-def keep_weight_codes() -> None:
-    """From now on, no weight changes. What an earlier call kept is forgotten."""
-    global _kept
+def dequantized_weight(weight: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`axolotl_bitnet.ops.dequantized_weight` of latents or of a gathered weight."""
+    if type(weight) is GatheredWeight and not torch.compiler.is_compiling():
+        return weight.dense(dtype)
+    return ops.dequantized_weight(weight, g, dtype)
+
+
+def transposed_codes(weight: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`axolotl_bitnet.ops.transposed_codes` of latents or of a gathered weight."""
+    if type(weight) is GatheredWeight and not torch.compiler.is_compiling():
+        return weight.codes().t().contiguous(), weight.s
+    return ops.transposed_codes(weight, g)
+
+
+def keep_weight_codes(whole: bool = True) -> None:
+    """From now on, no weight changes. What an earlier call kept is forgotten.
+
+    Args:
+        whole: keep the codes of whole weights. Under FSDP these are not there for long.
+    """
+    global _window
     _forget_after_optimizer_steps()
-    _kept = {}
+    _window = Window(whole)
 
 
 def forget_weight_codes() -> None:
     """From now on, weights may change."""
-    global _kept
-    _kept = None
+    global _window
+    _window = None
+
+
+def window() -> Window | None:
+    """The time without a change that it is now, if one was declared."""
+    return _window
 
 
 @cache

@@ -16,6 +16,7 @@ from .activations import (
 from .operation import has_kernels
 from .weights import (
     ROWS_PER_BYTE,
+    ShardLayout,
     abs_sum_parts,
     dequantize_shards,
     dequantized_weight,
@@ -24,11 +25,13 @@ from .weights import (
     ternarize,
     transposed_codes,
     unpack_codes,
+    unpack_layer,
     unpack_shards,
 )
 
 __all__ = [
     "ROWS_PER_BYTE",
+    "ShardLayout",
     "abs_sum_parts",
     "dequantize_activations",
     "dequantize_shards",
@@ -45,5 +48,6 @@ __all__ = [
     "ternarize",
     "transposed_codes",
     "unpack_codes",
+    "unpack_layer",
     "unpack_shards",
 ]

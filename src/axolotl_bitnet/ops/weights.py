@@ -5,6 +5,9 @@ Results are contiguous. How an operation is written: :mod:`axolotl_bitnet.ops.op
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -113,24 +116,72 @@ def pack_shard(weight: Tensor, g: Tensor, rows: int) -> Tensor:
 
 @operation(
     "shards",
-    lambda packed, shards, rows: has_kernels(packed),
-    lambda packed, shards, rows: packed.new_empty((rows, packed.shape[1]), dtype=torch.int8),
+    lambda packed, rows: has_kernels(packed),
+    lambda packed, rows: packed.new_empty((rows, packed.shape[2]), dtype=torch.int8),
 )
-def unpack_shards(packed: Tensor, shards: int, rows: int) -> Tensor:
-    """int8 codes (rows, columns) from the bytes of all shards, uint8 (shards * bytes, columns).
+def unpack_shards(packed: Tensor, rows: int) -> Tensor:
+    """int8 codes (rows, columns) from the bytes of all shards, uint8 (shards, bytes, columns).
 
     A shard has ``ceil(rows / shards)`` rows, the last ones what is left (maybe nothing).
     """
-    codes = torch.stack([(packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)], dim=1)
-    by_shard = codes.reshape(shards, -1, packed.shape[1])[:, : -(-rows // shards)]
-    return by_shard.reshape(-1, packed.shape[1])[:rows].contiguous()
+    codes = torch.stack([(packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)], dim=2)
+    by_shard = codes.flatten(1, 2)[:, : -(-rows // packed.shape[0])]
+    return by_shard.reshape(-1, packed.shape[2])[:rows].contiguous()
 
 
 @operation(
     "shards",
-    lambda packed, g, shards, rows, dtype: has_kernels(packed, dtype),
-    lambda packed, g, shards, rows, dtype: packed.new_empty((rows, packed.shape[1]), dtype=dtype),
+    lambda packed, g, rows, dtype: has_kernels(packed, dtype),
+    lambda packed, g, rows, dtype: packed.new_empty((rows, packed.shape[2]), dtype=dtype),
 )
-def dequantize_shards(packed: Tensor, g: Tensor, shards: int, rows: int, dtype: torch.dtype) -> Tensor:
+def dequantize_shards(packed: Tensor, g: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """``codes / s`` as ``dtype``, (rows, columns)."""
-    return ternary.dequantize(unpack_shards(packed, shards, rows), ternary.scale_of(g), dtype)
+    return ternary.dequantize(unpack_shards.plain(packed, rows), ternary.scale_of(g), dtype)
+
+
+class Part(NamedTuple):
+    """One weight of a :class:`ShardLayout`."""
+
+    rows: int
+    columns: int
+    shard_rows: int
+    bytes: int
+    """Rows of bytes that a shard has of it."""
+    packed_at: int
+    """Where it begins in a shard's bytes."""
+    codes_at: int
+    """Where it begins in the codes of all."""
+
+
+class ShardLayout:
+    """How the packed shards of several weights lie one after the other, and their codes; each begins at a
+    multiple of 16 bytes, as kernels like it."""
+
+    def __init__(self, shards: int, shapes: Iterable[tuple[int, int]]) -> None:
+        """
+        Args:
+            shards: of each weight.
+            shapes: (rows, columns) of the weights.
+        """
+        self.shards = shards
+        self.parts: list[Part] = []
+        self.packed_size = self.codes_size = 0  # bytes of a shard; codes of all weights
+        for rows, columns in shapes:
+            shard_rows = -(-rows // shards)
+            bytes = -(-shard_rows // ROWS_PER_BYTE)
+            self.parts.append(Part(rows, columns, shard_rows, bytes, self.packed_size, self.codes_size))
+            self.packed_size += -(-bytes * columns // 16) * 16
+            self.codes_size += -(-rows * columns // 16) * 16
+
+
+@operation("shards", lambda packed, layout: has_kernels(packed), None)
+def unpack_layer(packed: Tensor, layout: ShardLayout) -> Tensor:
+    """int8 codes of several weights, one after the other, from the bytes of all shards: uint8 (shards,
+    ``layout.packed_size``) to (``layout.codes_size``,). What lies between weights is undefined."""
+    codes = torch.empty(layout.codes_size, dtype=torch.int8, device=packed.device)
+    for part in layout.parts:
+        size = part.bytes * part.columns
+        own = packed[:, part.packed_at : part.packed_at + size].unflatten(1, (part.bytes, part.columns))
+        unpacked = unpack_shards.plain(own, part.rows).view(-1)
+        codes[part.codes_at : part.codes_at + unpacked.numel()] = unpacked
+    return codes

@@ -48,6 +48,7 @@ from .run_log import RunLog, given, report_run
 from .upstream.fsdp2_offload import connect_for_offload
 from .upstream.kd_collator import keep_packed_apart
 from .upstream.save_once import save_once
+from .upstream.sdpa_varlen import ask_once_a_batch
 from .upstream.trl_reference import refuse_dense_judges, refuse_dense_reference, settle_reference
 from .upstream.trl_reference_cache import key_precomputed_references
 from .upstream.trl_vllm import push_dense_ternary
@@ -75,10 +76,13 @@ class BitNetPlugin(BasePlugin):
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Loads none: it is the last hook before Axolotl connects the processes."""
-        if cfg.use_onebitllms and not preprocess:
-            if problem := launch_refusal(cfg, os.environ):
-                raise ValueError(problem)
-            connect_for_offload(cfg)
+        if not cfg.use_onebitllms or preprocess:
+            return
+        if problem := launch_refusal(cfg, os.environ):
+            raise ValueError(problem)
+        connect_for_offload(cfg)
+        if cfg.sample_packing and (missing := ask_once_a_batch()):
+            info("%s: not there, so attention to packed rows waits for the GPU in each layer", missing)
 
     def pre_model_load(self, cfg: Any) -> None:
         if not cfg.use_onebitllms:
@@ -167,10 +171,8 @@ class BitNetPlugin(BasePlugin):
         callbacks = watch(cfg, trainer, _options(cfg), self._resumed)
         if cfg.deepspeed:
             return callbacks
-        if cfg.fsdp_config:  # whole weights are not there to keep
-            return callbacks + gathering(
-                cfg, trainer, _options(cfg).gather
-            )  # a ramp ends before codes are gathered
+        if cfg.fsdp_config:  # a ramp ends before codes are gathered
+            return [*callbacks, KeepWeightCodes(whole=False), *gathering(cfg, trainer, _options(cfg).gather)]
         rereads = (cfg.gradient_accumulation_steps or 1) > 1 or bool(cfg.gradient_checkpointing)
         return callbacks + ([KeepWeightCodes()] if rereads else [])
 

@@ -3,10 +3,14 @@
 A layer computes with codes, so codes are all that its other ranks need: a quarter of a byte a weight instead
 of bfloat16's two. The absmean is of the whole weight: the ranks' float64 sums of all weights are added in one
 all-reduce, when the first weight is gathered for a new forward. Latents never leave their shard, and the
-gathered weight stays packed until a layer reads it.
+gathered weight stays packed until a layer reads it. While weights are said not to change
+(:mod:`axolotl_bitnet.layers.weight_codes`), sums and bytes are made once and kept: a quarter of a byte a
+local weight.
 
 FSDP2 asks its parameter objects what to gather and what to make of it. Those of BitLinear weights get a class
-here that answers with codes; sharding, gradients, state dicts and clipping are FSDP2's own.
+here that answers with codes; sharding, gradients, state dicts and clipping are FSDP2's own. What takes the
+time of a small step is the CPU, so the weights of a module that FSDP2 gathers together travel as one tensor:
+the first answers for all.
 
 Changes ``FSDPParam`` of torch (run on 2.11, 2.13 and 2.14), by a subclass. Without one of its names, or where
 the codes that arrive are not those of the whole weight (:mod:`axolotl_bitnet.training.gather_check`), weights
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,7 +34,8 @@ from transformers import TrainerCallback
 
 from .. import ops
 from ..layers.bitlinear import BitLinear
-from ..layers.gathered_weight import GatheredWeight
+from ..layers.gathered_weight import GatheredLayer, GatheredWeight
+from ..layers.weight_codes import Window, window
 from ..ternary import absmean, scale_of
 from .gather_check import problem_of
 from .log import warn
@@ -48,18 +54,22 @@ class _Scales:
         self.g = torch.ones(len(params), 4, dtype=torch.float32, device=device)
         self.s = torch.ones(len(params), 8, dtype=torch.bfloat16, device=device)
         self.round = 0
+        self.window: Window | None = None
 
     def of(self, index: int) -> tuple[Tensor, Tensor]:
         """``g`` float32 () and ``s`` bfloat16 (1,) of a weight: views, filled anew by :meth:`refresh`."""
         return self.g[index, 0], self.s[index, :1]
 
-    def ready_for(self, param: _TernaryParam, backward: bool) -> None:
-        """A second gather of the same weight for a forward is a new forward: weights may have changed. A
-        backward wants the scales that its forward had."""
-        if not backward:
-            if param.round == self.round:
+    def ready_for(self, unit: _Unit, backward: bool) -> None:
+        """A second gather of the same weights for a forward is a new forward: they may have changed, unless
+        they are said not to. A backward wants the scales that its forward had."""
+        current = window()
+        if current is not None:
+            if self.window is not current:
                 self.refresh()
-            param.round = self.round
+        elif not backward and unit.round == self.round:
+            self.refresh()
+        self.window, unit.round = current, self.round
 
     def refresh(self) -> None:
         parts = [ops.abs_sum_parts(param.local()) for param in self.params]
@@ -73,12 +83,61 @@ class _Scales:
         self.round += 1
 
 
+class _Unit:
+    """The ternary weights that FSDP2 gathers together, packed one after the other."""
+
+    def __init__(self, params: list[_TernaryParam], scales: _Scales, first: int) -> None:
+        """
+        Args:
+            params: in FSDP2's order.
+            scales: of all weights; these have the indices from ``first`` on.
+        """
+        self.params, self.scales, self.first = params, scales, first
+        shapes = [tuple(param._orig_size) for param in params]
+        self.layout = _layout(scales.group.size(), tuple(shapes))
+        self.gathered: GatheredLayer | None = None
+        self.round = 0
+        self._kept: tuple[Window, Tensor] | None = None
+
+    def packed(self, backward: bool) -> Tensor:
+        """uint8 (``layout.packed_size``,): this rank's shards as codes."""
+        self.scales.ready_for(self, backward)
+        current = window()
+        if current is not None and self._kept is not None and self._kept[0] is current:
+            return self._kept[1]
+        self._kept = None
+        pieces: list[Tensor] = []
+        for index, (param, part) in enumerate(zip(self.params, self.layout.parts, strict=True), self.first):
+            g, _ = self.scales.of(index)
+            pieces.append(ops.pack_shard(param.local(), g, part.shard_rows).view(-1))
+            if gap := -pieces[-1].numel() % 16:
+                pieces.append(pieces[-1].new_zeros(gap))
+        packed = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if current is not None:
+            self._kept = current, packed
+        return packed
+
+    def weight(self, place: int, dtype: torch.dtype) -> GatheredWeight:
+        """The gathered weight of the place-th parameter, whose bytes are gathered in place from now on."""
+        if self.gathered is None:
+            flat = self.params[0].all_gather_outputs[0]
+            self.gathered = GatheredLayer(flat.view(self.layout.shards, -1), self.layout)
+        part, scales = self.layout.parts[place], self.scales.of(self.first + place)
+        return GatheredWeight(self.gathered.views[place], *scales, part.rows, dtype, self.gathered, place)
+
+    def forget(self) -> None:
+        if self.gathered is not None:
+            self.gathered.forget()
+
+
+_layout = cache(ops.ShardLayout)
+
+
 class _TernaryParam(FSDPParam):
     """FSDP2's handle of a BitLinear weight, gathered as codes."""
 
-    scales: _Scales
-    index: int
-    round: int
+    unit: _Unit
+    place: int
     param_group: Any
 
     def local(self) -> Tensor:
@@ -94,24 +153,23 @@ class _TernaryParam(FSDPParam):
 
     @property
     def all_gather_inputs(self) -> list[Tensor]:
-        backward = self.param_group._training_state == TrainingState.PRE_BACKWARD
-        self.scales.ready_for(self, backward)
-        g, _ = self.scales.of(self.index)
-        return [ops.pack_shard(self.local(), g, self.padded_sharded_param_size[0]).view(-1)]
+        if self.place:
+            return []  # the first has answered
+        return [self.unit.packed(self.param_group._training_state == TrainingState.PRE_BACKWARD)]
 
     def init_unsharded_param(self) -> None:
+        if not self.place:
+            self.unit.forget()
         if hasattr(self, "_unsharded_param"):
             return  # its bytes are gathered in place
-        rows, columns = self._orig_size
-        weight = GatheredWeight(
-            self.all_gather_outputs[0].view(-1, columns),
-            *self.scales.of(self.index),
-            self.scales.group.size(),
-            rows,
-            self.param_dtype or self.orig_dtype,
-        )
         self._unsharded_inner_tensors: list[Tensor] = []
+        weight = self.unit.weight(self.place, self.param_dtype or self.orig_dtype)
         self._unsharded_param = nn.Parameter(weight, requires_grad=self.sharded_param.requires_grad)
+
+    def free_unsharded_param(self) -> None:
+        super().free_unsharded_param()
+        if not self.place:
+            self.unit.forget()
 
 
 def gather_ternary(model: nn.Module) -> int:
@@ -123,7 +181,7 @@ def gather_ternary(model: nn.Module) -> int:
         How many weights: 0 if none is sharded. Those that are sharded otherwise than by rows, or resharded to
         a smaller mesh after the forward, are gathered as before.
     """
-    found: dict[dist.ProcessGroup, list[_TernaryParam]] = {}
+    found: dict[dist.ProcessGroup, list[list[_TernaryParam]]] = {}
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -131,18 +189,28 @@ def gather_ternary(model: nn.Module) -> int:
                 process_group = getattr(group.mesh_info, "shard_process_group", None)
                 if process_group is None or group._use_post_forward_mesh:
                     continue
-                for param in group.fsdp_params:
-                    if _is_ternary(param):
-                        param.__class__ = _TernaryParam
-                        param.param_group, param.round = group, 0
-                        param.all_gather_outputs = []
-                        vars(param).pop("_unsharded_param", None)
-                        found.setdefault(process_group, []).append(param)
-    for process_group, params in found.items():
-        scales = _Scales(params, process_group)
-        for index, param in enumerate(params):
-            param.scales, param.index = scales, index
-    return sum(map(len, found.values()))
+                params = [param for param in group.fsdp_params if _is_ternary(param)]
+                for param in params:
+                    param.__class__ = _TernaryParam
+                    param.param_group = group
+                    param.all_gather_outputs = []
+                    vars(param).pop("_unsharded_param", None)
+                # On one GPU FSDP2 gathers nothing, and wants an answer from each.
+                units = [params] if process_group.size() > 1 else [[param] for param in params]
+                if params:
+                    found.setdefault(process_group, []).extend(units)
+    count = 0
+    for process_group, units in found.items():
+        together = [param for unit in units for param in unit]
+        count += len(together)
+        scales = _Scales(together, process_group)
+        first = 0
+        for unit in units:
+            made = _Unit(unit, scales, first)
+            first += len(unit)
+            for place, param in enumerate(unit):
+                param.unit, param.place = made, place
+    return count
 
 
 def _param_groups(module: FSDPModule) -> Iterable[Any]:

@@ -1,4 +1,4 @@
-"""Tells the layers when the weights stand still: from a step's first micro-batch to its optimizer step."""
+"""Tells the layers while weights are constant: from a step's first micro-batch to its optimizer step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from ..layers.weight_codes import forget_weight_codes, keep_weight_codes
 
 
 class KeepWeightCodes(TrainerCallback):
-    """Each weight is quantized once an optimizer step, at a byte a weight of memory.
+    """Each weight is quantized once an optimizer step.
 
     For steps that read the weights more than once: of several micro-batches, or with checkpointing.
+
+    Args:
+        whole: keep the codes of whole weights, a byte a weight. Under FSDP2 the gather keeps a shard's bytes
+            instead, a quarter of a byte a local weight.
     """
 
+    def __init__(self, whole: bool = True) -> None:
+        self.whole = whole
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        keep_weight_codes()
+        keep_weight_codes(self.whole)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         forget_weight_codes()

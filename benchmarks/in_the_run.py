@@ -61,7 +61,7 @@ KINDS: dict[str, dict[str, Any]] = {  # what each adds to the recipe
 }
 COLUMNS = (
     "shape", "gpus", "sequence", "rows", "kind", "ms_step", "tokens_per_second", "peak_gib", "loss",
-    "busy_ms", "nccl_ms", "idle_percent", "launches", "profiled_ms", "gpu", "versions", "date", "error",
+    "busy_ms", "nccl_ms", "idle_percent", "launches", "profiled_ms", "gpu", "versions", "date", "note", "error",
 )  # fmt: skip
 MOST = 30  # functions that a profile lists
 
@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no kind begins")
     parser.add_argument("--no-profile", dest="profile", action="store_false")
     parser.add_argument("--trace", action="store_true", help="keep the profiled steps' traces")
+    parser.add_argument("--note", default="", help="what the rows are to be told apart by")
     parser.add_argument("--set", help="keys to put into the recipe, as YAML")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "in_the_run")
     parser.add_argument("--out", type=Path, default=RESULTS / "in_the_run.csv")
@@ -325,7 +326,7 @@ def main() -> None:
         if late.item():
             break
         row: dict[str, Any] = dict(shape=args.shape, gpus=gpus, sequence=args.sequence, rows=args.rows)
-        row |= dict(kind=kind, versions=versions, date=datetime.date.today().isoformat())
+        row |= dict(kind=kind, versions=versions, date=datetime.date.today().isoformat(), note=args.note)
         row["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         functions: dict[str, Any] = {}
         try:

@@ -61,7 +61,8 @@ KINDS: dict[str, dict[str, Any]] = {  # what each adds to the recipe
 }
 COLUMNS = (
     "shape", "gpus", "sequence", "rows", "kind", "ms_step", "tokens_per_second", "peak_gib", "loss",
-    "busy_ms", "nccl_ms", "idle_percent", "launches", "profiled_ms", "gpu", "versions", "date", "note", "error",
+    "busy_ms", "nccl_ms", "idle_percent", "launches", "profiled_ms", "gpu", "versions", "date", "note",
+    "error",
 )  # fmt: skip
 MOST = 30  # functions that a profile lists
 

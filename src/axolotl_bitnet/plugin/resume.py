@@ -150,7 +150,7 @@ def refuse_other_run(checkpoint: Path, options: BitNetConfig, rounding: bool = F
         if then.get(key, defaults.get(key)) != now.get(key)
     ]
     if bool(saved.get(_ROUNDING)) != rounding:
-        was, is_now = ("nearest", "stochastically") if rounding else ("stochastically", "nearest")
+        was, is_now = ("to nearest", "stochastically") if rounding else ("stochastically", "to nearest")
         changed.append(f"bfloat16 updates were rounded {was} and are now rounded {is_now} (optim_args)")
     if changed:
         raise ResumeError(

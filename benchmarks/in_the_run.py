@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from common import RESULTS, append_csv
+from profiled_step import summary
 from scaling import ROOT, SHAPES, VOCABULARY, save_base
 
 from axolotl_bitnet.plugin.upstream import sdpa_varlen
@@ -64,7 +65,6 @@ COLUMNS = (
     "busy_ms", "nccl_ms", "idle_percent", "launches", "profiled_ms", "gpu", "versions", "date", "note",
     "error",
 )  # fmt: skip
-MOST = 30  # functions that a profile lists
 
 
 class Done(Exception):
@@ -233,57 +233,6 @@ def _forward(watch: Watch, name: str) -> Any:
     return lambda self, *given, **more: getattr(watch, name)(*given, **more)
 
 
-def summary(watch: Watch) -> tuple[dict[str, Any], dict[str, Any]]:
-    """From the profiled step: figures for the row, and the longest functions of GPU and CPU."""
-    kernels: list[tuple[int, int]] = []
-    on_gpu: dict[str, list[float]] = {}
-    on_cpu: dict[str, list[float]] = {}
-    nccl = launches = 0
-    for event in watch.profile.profiler.kineto_results.events():
-        name, took = event.name(), event.duration_ns()
-        if event.device_type() == torch.autograd.DeviceType.CUDA:
-            if name.startswith(("ProfilerStep", "Optimizer", "FSDP::", "autograd", "aten::", "nccl:")):
-                continue  # a range on the GPU's timeline, not a kernel
-            add(on_gpu, name, took)
-            if "nccl" in name:
-                nccl += took
-            else:
-                kernels.append((event.start_ns(), event.start_ns() + took))
-        else:
-            launches += "LaunchKernel" in name
-            add(on_cpu, name, took)
-    busy = union(kernels)
-    figures = {
-        "busy_ms": round(busy / 1e6, 1),
-        "nccl_ms": round(nccl / 1e6, 1),
-        "launches": launches,
-        "profiled_ms": round(1000 * watch.profiled, 1),
-        "idle_percent": round(100 * (1 - busy / 1e6 / watch.milliseconds())) if busy else "",
-    }
-    return figures, {"gpu": longest(on_gpu), "cpu": longest(on_cpu)}
-
-
-def add(to: dict[str, list[float]], name: str, nanoseconds: float) -> None:
-    entry = to.setdefault(name[:120], [0.0, 0.0])
-    entry[0] += nanoseconds / 1e6
-    entry[1] += 1
-
-
-def longest(found: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Milliseconds (children included) and calls of the functions that take longest."""
-    ordered = sorted(found.items(), key=lambda item: -item[1][0])[:MOST]
-    return {name: [round(ms, 2), int(calls)] for name, (ms, calls) in ordered}
-
-
-def union(spans: list[tuple[int, int]]) -> int:
-    """Nanoseconds that at least one of the spans covers."""
-    covered, end = 0, 0
-    for start, stop in sorted(spans):
-        covered += max(0, stop - max(start, end))
-        end = max(end, stop)
-    return covered
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -337,7 +286,7 @@ def main() -> None:
             row |= {"tokens_per_second": round(4 * gpus * args.sequence / seconds)}
             row |= {"peak_gib": round(watch.peak, 1)}  # type: ignore[attr-defined]
             if watch.profile is not None and rank == 0:
-                figures, functions = summary(watch)
+                figures, functions = summary(watch.profile, 1000 * watch.profiled, 1000 * seconds)
                 row |= figures
                 if args.trace:
                     watch.profile.export_chrome_trace(

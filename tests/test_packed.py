@@ -439,8 +439,8 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 LAST = "model.layers.1.self_attn.v_proj.weight"
 FAILURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not ternary": (
-        lambda folder: edit_config(folder, lambda c: c.pop(CONFIG_KEY)),
-        "not trained by axolotl-bitnet",
+        lambda folder: edit_config(folder, lambda c: (c.pop(CONFIG_KEY), c.pop("model_type"))),
+        "transformers has no architecture 'None' of its own",
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "does not exist"),
     "no weights": (lambda folder: (folder / SINGLE).unlink(), "holds neither"),

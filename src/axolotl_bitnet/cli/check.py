@@ -7,20 +7,21 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from ..run_folder import RUN_FILE
+from ..run_folder import CHECKPOINT, RUN_FILE
 from ..storage.atomic import CheckpointError
 from ..verify.inspect import Inspection
 from ..verify.inspect import inspect as inspect_checkpoint
 from ..verify.logits import PROMPTS
 from ..verify.measure import Layer
 from ..verify.verify import VerificationReport, verify_checkpoint
+from .source import SOURCE
 from .terminal import MISMATCH, as_json, command, require_model, show, size
 
 _SHOWN = 20
 
 
 @click.command()
-@click.argument("artifact", type=click.Path(exists=True, path_type=Path))
+@click.argument("artifact", type=SOURCE)
 @click.option(
     "--against",
     type=click.Path(exists=True, path_type=Path),
@@ -65,7 +66,8 @@ def _run_of(artifact: Path) -> Path:
     """The folder of the run that an artifact is in."""
     nearby = [artifact.resolve(), *artifact.resolve().parents[:2]]
     for folder in nearby:
-        if (folder / RUN_FILE).exists():
+        in_checkpoint = folder.name.startswith(CHECKPOINT) and (folder / "config.json").exists()
+        if (folder / RUN_FILE).exists() or (in_checkpoint and folder != nearby[0]):
             return folder
     for folder in nearby[1:]:
         if (folder / "config.json").exists():
@@ -92,7 +94,7 @@ def _show_report(report: VerificationReport) -> None:
 
 
 @click.command()
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=SOURCE)
 @click.option("--layers", "each", is_flag=True, help="A row for each layer, not for each projection.")
 @click.option("--json", "machine", is_flag=True, help="Say the outcome as JSON.")
 @command

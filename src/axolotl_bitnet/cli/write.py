@@ -9,6 +9,7 @@ import click
 
 from ..formats.export import export, export_gguf, gguf_types
 from ..storage.safetensors_stream import weight_bytes
+from .source import SOURCE
 from .terminal import as_json, command, size
 
 
@@ -18,7 +19,7 @@ def _writing(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--json", "machine", is_flag=True, help="Say the outcome as JSON."),
         click.option("--overwrite", is_flag=True, help="Replace TARGET if it exists."),
         click.argument("target", type=click.Path(path_type=Path)),
-        click.argument("source", type=click.Path(exists=True, path_type=Path)),
+        click.argument("source", type=SOURCE),
     ):
         function = option(function)
     return function

@@ -64,6 +64,16 @@ def copy_companions(source: Path, target: Path, config: Mapping[str, Any]) -> li
     return names
 
 
+def token_count(folder: Path) -> int | None:
+    """One more than the largest id in a folder's tokenizer.json; None if it has none that can be read."""
+    found = _read(folder / "tokenizer.json")
+    model, added = found.get("model"), found.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return 1 + max((i for i in ids if isinstance(i, int)), default=-1) or None
+
+
 _MODULE = re.compile(r"(\w+)\.\w+")  # of this folder: no path, no other repository ("name--module.Class")
 _RELATIVE = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import|from\s+\.\s+import\s+(\w+))", re.MULTILINE)
 

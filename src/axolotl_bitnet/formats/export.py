@@ -15,7 +15,8 @@ from .registry import FORMATS
 
 
 def open_checkpoint(path: str | Path) -> TernaryCheckpoint:
-    """A ternary model of any format that this package writes, or a packed one of others.
+    """A ternary model of any format that this package writes, or one of others: packed, or floating-point
+    matrices whose config lists no ternary layers (then a warning says which are taken).
 
     Args:
         path: a folder (latents, as training saves them, or an artifact), a GGUF file, or a folder with one.
@@ -36,11 +37,13 @@ def open_checkpoint(path: str | Path) -> TernaryCheckpoint:
     kind = recognize(config).kind
     if kind in FORMATS:
         return FORMATS[kind].format.open(path, config)
-    if kind in ("third-party", "online", "quantized"):
-        from .third_party import ThirdPartyPackedCheckpoint
+    if kind == "latents":
+        return LatentCheckpoint(path, config)
+    from .third_party import ThirdPartyPackedCheckpoint, UnlistedCheckpoint
 
-        return ThirdPartyPackedCheckpoint(path, config)
-    return LatentCheckpoint(path, config)
+    return (
+        UnlistedCheckpoint(path, config) if kind == "unlisted" else ThirdPartyPackedCheckpoint(path, config)
+    )
 
 
 def export(

@@ -20,9 +20,10 @@ from ..storage.atomic import CheckpointError, require_apart, whole_folder, write
 from ..storage.parallel import one_thread
 from ..storage.safetensors_stream import SINGLE, Entry, SafetensorsWriter
 from .checkpoint import TernaryCheckpoint
-from .companions import copy_companions, written_here
+from .companions import copy_companions, token_count, written_here
 from .config_json import architecture_name
 from .format import Format, Proof
+from .tied import EMBEDDINGS
 
 
 class FolderFormat(Format):
@@ -70,6 +71,7 @@ class FolderFormat(Format):
         require_apart(source.folder, Path(dst))
         for reason in self.refusals(source.config, source.companions):
             raise CheckpointError(f"{source.folder}: {reason}")
+        require_embeddings(source)
         config = self.config_of(source)
         layers = {key: name for name, key in source.keys.items()}
         announced = self._announced(source)
@@ -140,6 +142,17 @@ def require_scale(source: TernaryCheckpoint, weight: Entry, s: Tensor) -> None:
     if not bool(torch.isfinite(s)) or float(s) <= 0:
         raise CheckpointError(
             f"{source.folder}: '{weight.name}' holds a NaN or an Inf, or is damaged: scale {s.tolist()}"
+        )
+
+
+def require_embeddings(source: TernaryCheckpoint) -> None:
+    """Raise CheckpointError if the tokenizer has more tokens than the model has embeddings: the first such
+    token would end in an index error."""
+    embeddings = [entry for key, entry in source.entries.items() if key.endswith(EMBEDDINGS)]
+    tokens = token_count(source.companions)
+    if len(embeddings) == 1 and tokens is not None and tokens > (rows := embeddings[0].shape[0]):
+        raise CheckpointError(
+            f"{source.companions}: its tokenizer has {tokens} tokens, the model only {rows} embeddings"
         )
 
 

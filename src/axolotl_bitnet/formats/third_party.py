@@ -11,7 +11,8 @@ weights from config.json and from transformers' own code alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,18 @@ import torch
 from torch import Tensor
 
 from ..model.layer_plan import CONFIG_KEY, ConversionError, Plan, plan_conversion
+from ..model.preflight import NEVER_TERNARY, SAMPLE
+from ..model.scales import lost, several_scales
 from ..ops import ROWS_PER_BYTE, unpack_codes
 from ..storage.atomic import CheckpointError
 from ..storage.safetensors_stream import CheckpointReader, Entry
+from ..ternary import dequantize, ternarize
 from .checkpoint import TernaryCheckpoint
 from .config_json import read_config, recognize
 from .dense import DenseCheckpoint, read_signs
+from .latent import LatentCheckpoint
+
+_LOG = logging.getLogger(__name__)
 
 
 class ThirdPartyPackedCheckpoint(TernaryCheckpoint):
@@ -105,12 +112,73 @@ def open_unlisted(folder: str | Path, config: Mapping[str, Any] | None = None) -
         if _is_matrix(reader.entries.get(f"{name}.weight")) and read_signs(reader, f"{name}.weight")
     }
     if not ternary:
+        told = [layout for name in architecture.converted if (layout := _layout(reader, f"{name}.weight"))]
+        if told:
+            raise CheckpointError(f"{folder} is {lost(', '.join(sorted(set(told))), len(told))}")
         raise CheckpointError(
             f"{folder} is not ternary: none of its {len(architecture.converted)} linear layers has a single "
             "magnitude. Latents need no restoring; a dense model becomes ternary by training"
         )
     names = split(architecture, ternary)
     return DenseCheckpoint(folder, names, with_names(config, names), reader)
+
+
+class UnlistedCheckpoint(LatentCheckpoint):
+    """A folder of floating-point matrices whose config lists no ternary layers: those that training would
+    take are. A dense ternary matrix is read as what it stands for, any other as latents.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture, or what :class:`LatentCheckpoint` says.
+    """
+
+    format = "third-party"
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Any]):
+        path = Path(folder) / "config.json"
+        super().__init__(folder, with_names(config, linear_layers(config, path)))
+        _LOG.warning(
+            "%s lists no ternary layers: the %d that training would take are. Codes are by this package's "
+            "definition; a program that trained by another (onebitllms rounds otherwise) may have had others",
+            folder,
+            len(self.names.converted),
+        )
+        several = [layout for key in self.keys.values() if (layout := _layout(self.reader, key))]
+        changes = [change for key in self.keys.values() if (change := self._change(key)) is not None]
+        if several:
+            _LOG.warning("%s is %s", folder, lost(", ".join(sorted(set(several))), len(several)))
+        elif changes and sum(changes) / len(changes) > NEVER_TERNARY:
+            _LOG.warning(
+                "%s may never have been ternary: quantization changes its matrices by %.0f %% on average",
+                folder,
+                100 * sum(changes) / len(changes),
+            )
+
+    def code_rows(self, name: str) -> tuple[Callable[[int, int], Tensor], Tensor]:
+        found = read_signs(self.reader, self.keys[name])
+        if found is None:
+            return super().code_rows(name)
+        codes, scale = found
+        return (lambda start, stop: codes[start:stop]), scale
+
+    def _change(self, key: str) -> float | None:
+        sample = _sample(self.reader, key)
+        if not bool(torch.isfinite(sample).all()) or not bool(sample.any()):
+            return None
+        size = sample.abs()
+        if bool(((size == 0) | (size == size.amax())).all()):
+            return 0.0
+        return float((sample - dequantize(*ternarize(sample)[:2])).norm() / sample.norm())
+
+
+def _sample(reader: CheckpointReader, key: str) -> Tensor:
+    """The first rows of a matrix, float32, that measure it."""
+    rows, columns = reader.entries[key].shape
+    return reader.rows(key, 0, min(rows, max(1, SAMPLE // max(1, columns)))).to(torch.float32)
+
+
+def _layout(reader: CheckpointReader, key: str) -> str | None:
+    """How the several scales of a ternary matrix lie, by its first rows."""
+    return several_scales(_sample(reader, key)) if _is_matrix(reader.entries.get(key)) else None
 
 
 def linear_layers(config: Mapping[str, Any], path: Path) -> Plan:

@@ -16,13 +16,13 @@ from torch import Tensor
 from ..storage.safetensors_stream import Entry
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")
+EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight")
 KEY = "tie_word_embeddings"
 
 
 def head_and_embedding(keys: Collection[str]) -> tuple[str, str] | None:
     """Names of a language model's head and embedding, if both are stored."""
-    heads, embeddings = ([key for key in keys if key.endswith(ends)] for ends in (_HEADS, _EMBEDDINGS))
+    heads, embeddings = ([key for key in keys if key.endswith(ends)] for ends in (_HEADS, EMBEDDINGS))
     return (heads[0], embeddings[0]) if len(heads) == len(embeddings) == 1 else None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..ternary import dequantize, latents_of, scale_of, ternarize
 from .names import first_few
+from .scales import lost, several_scales
 from .whole_weights import gathered
 
 NEVER_TERNARY = 0.4
@@ -31,6 +32,7 @@ class Preflight:
     Attributes:
         rescaled: dense ternary matrices that were replaced by latents with the same codes and scale.
         shrunk: dense ternary matrices for which there are no such latents: their scale will shrink.
+        several: matrices that are ternary with a scale a row or a group, and how these lie.
         zero: matrices of zeros only.
         broken: matrices that hold a NaN or an Inf.
         change: mean over the matrices of ``|W - codes / s| / |W|`` (Frobenius norms), how far quantization
@@ -39,6 +41,7 @@ class Preflight:
 
     rescaled: list[str] = field(default_factory=list)
     shrunk: list[str] = field(default_factory=list)
+    several: dict[str, str] = field(default_factory=dict)
     zero: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     change: float = 0.0
@@ -67,7 +70,13 @@ class Preflight:
                 "carry: "
                 "these layers start smaller than they were"
             )
-        if maybe_dense and self.change > NEVER_TERNARY:
+        if self.several:
+            layouts = ", ".join(sorted(set(self.several.values())))
+            lines.append(
+                f"the base is {lost(layouts, len(self.several))}. Training starts from another model than "
+                f"the base was: quantization changes its matrices by {self.change:.0%} on average"
+            )
+        elif maybe_dense and self.change > NEVER_TERNARY:
             lines.append(
                 "this base may never have been ternary: quantization changes its matrices by "
                 f"{self.change:.0%} on average. Expect the loss to start far above the dense model's, and to "
@@ -121,6 +130,8 @@ def _inspect(name: str, weight: Tensor, result: Preflight) -> Tensor | None:
             except ValueError:
                 result.shrunk.append(name)
         return torch.zeros((), device="cpu")
+    if (layout := several_scales(sample)) and several_scales(weight) == layout:
+        result.several[name] = layout
     latent = sample.to(torch.float32)
     return ((latent - dequantize(*ternarize(sample))).norm() / latent.norm()).cpu()
 

@@ -108,6 +108,12 @@ def _optimizer(folder: Path) -> Iterator[str]:
             return  # a schedule of DeepSpeed's own is among its states
     else:
         name = "optimizer.bin" if (folder / _FULL_MODEL).exists() else "optimizer.pt"
+        if not (folder / name).exists() and not (folder / "scheduler.pt").exists():
+            yield (
+                f"it holds the model only ({name} and scheduler.pt are missing), as `save_only_model: true` "
+                f"saves it. To train on from it, start a new run with base_model: {folder}"
+            )
+            return
         yield from _archive(folder / name)
     yield from _archive(folder / "scheduler.pt")
 

@@ -21,6 +21,7 @@ from ..model.convert import convert_to_bitlinear
 from ..model.layer_plan import CONFIG_KEY, ConversionError, Plan
 from ..model.names import first_few, natural_order
 from ..model.preflight import NEVER_TERNARY
+from ..model.scales import lost, several_scales
 from ..ops import ROWS_PER_BYTE, unpack_codes
 from ..storage.atomic import CheckpointError, read_json
 from ..storage.progress import begin
@@ -160,7 +161,9 @@ def _floating(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> I
     broken = [layer.name for layer in layers if layer.change != layer.change]
     if broken:
         refused.append(f"training and packing: NaN or Inf in {first_few(broken)}")
-    kind, detail = _kind_of(layers, found.kind in ("latents", "dense"))
+    blocks = (next(reader.row_blocks(key)) for key in keys)
+    several = [layout for block in blocks if (layout := several_scales(block))]
+    kind, detail = _kind_of(layers, found.kind in ("latents", "dense"), several)
     for layer in layers:
         if layer.shape[0] % ROWS_PER_BYTE:
             refused.append(
@@ -171,11 +174,13 @@ def _floating(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> I
     return Inspection(str(path), kind, f"{detail}; {told}", layers, size, packed, refused)
 
 
-def _kind_of(layers: list[Layer], ours: bool) -> tuple[str, str]:
+def _kind_of(layers: list[Layer], ours: bool, several: list[str]) -> tuple[str, str]:
     zero = [layer.name for layer in layers if layer.zeros == 1]
     layers = [layer for layer in layers if layer.zeros < 1]
     if not layers:
         return "never ternary", "no matrix that would become ternary" + ("; all are zero" if zero else "")
+    if several:
+        return "ternary with several scales", lost(", ".join(sorted(set(several))), len(several))
     kind, detail = _kind_of_others(layers, ours)
     return kind, detail + (f"; all zero: {first_few(zero)}" if zero else "")
 

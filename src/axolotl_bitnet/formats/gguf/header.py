@@ -22,6 +22,7 @@ MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_I2_S = 36  # in bitnet.cpp's fork of llama.cpp
 _MOST = 1 << 24  # entries of one array, metadata keys, tensors: beyond it a file is damaged
 
 
@@ -142,6 +143,11 @@ def _parse(path: Path, cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> He
     for name, kind, shape, offset in found:
         if name in tensors:
             raise CheckpointError(f"{path} holds the tensor '{name}' twice")
+        if kind == _I2_S:
+            raise CheckpointError(
+                f"{path}: '{name}' is of type I2_S, bitnet.cpp's own, which is not read: take the model's "
+                "safetensors"
+            )
         if kind not in sizes:
             raise CheckpointError(f"{path}: tensor '{name}' has the unknown type {kind}")
         elements, size = sizes[kind]

@@ -1,0 +1,84 @@
+"""The kernel for a few rows, against the definition: on every shape, split, dtype and merged matrix."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from kernel_cases import by_dtype, same
+from torch import Tensor
+
+from axolotl_bitnet import ternary
+from axolotl_bitnet.ops.kernels import decode
+from axolotl_bitnet.ops.plain import pack_codes
+
+SHAPES = {
+    "one matrix": (1, 40, [64]),
+    "odd": (3, 37, [12]),
+    "less than a tile": (2, 130, [4]),
+    "merged": (5, 256, [64, 16, 16]),
+    "merged, sizes unlike": (8, 96, [4, 100, 8]),
+    "16 rows": (16, 512, [68]),
+    "9 rows": (9, 64, [32, 32]),
+    "many columns": (1, 2500, [8, 16]),
+    "more than the kernel takes": (17, 64, [12, 8]),
+}
+
+
+def matrices(sizes: list[int], columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, bytes and scales of random matrices, one below the other."""
+    codes = [torch.randint(-1, 2, (size, columns), dtype=torch.int8) for size in sizes]
+    s = torch.rand(len(sizes)) * 90 + 0.3
+    return torch.cat(codes), torch.cat([pack_codes(matrix) for matrix in codes]), s
+
+
+def expected(
+    x: Tensor, codes: Tensor, s: Tensor, sizes: list[int], bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """From the definition alone, a matrix after the other."""
+    codes_x, r = ternary.quantize_activations(x.to(dtype))
+    parts = [
+        ternary.dequantize_output(ternary.matmul_codes(codes_x, part), r, scale).to(dtype)
+        for part, scale in zip(codes.split(sizes), s, strict=True)
+    ]
+    y = torch.cat(parts, dim=-1)
+    return y if bias is None else y + bias.to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@by_dtype
+def test_every_bit_is_the_definition_s(shape: str, dtype: torch.dtype) -> None:
+    rows, columns, sizes = SHAPES[shape]
+    codes, packed, s = matrices(sizes, columns)
+    x = torch.randn(rows, columns)
+    for bias in (None, torch.randn(sum(sizes))):
+        found = decode.packed_matmul(x, packed, s, sizes, bias, dtype)
+        same(found, expected(x, codes, s, sizes, bias, dtype))
+
+
+@pytest.mark.parametrize("split", [1, 2, 5])
+@pytest.mark.parametrize("warps", [1, 4])
+def test_however_it_is_cut(split: int, warps: int) -> None:
+    sizes = [40, 8, 28]
+    codes, packed, s = matrices(sizes, 1000)
+    x = torch.randn(3, 1000)
+    how = decode.Cut(32, warps, 2, split)
+    found = decode._few_rows(x, x, packed, s, tuple(sizes), None, torch.bfloat16, how)
+    same(found, expected(x, codes, s, sizes, None, torch.bfloat16))
+
+
+def test_ranks_strides_and_what_is_not_finite() -> None:
+    codes, packed, s = matrices([16], 48)
+    x = torch.randn(2, 3, 96)[..., ::2]
+    x[0, 1, 5], x[1, 2, 0] = math.nan, math.inf
+    found = decode.packed_matmul(x, packed, s, [16], None, torch.float32)
+    assert found.shape == (2, 3, 16) and bool(found[0, 1].isnan().all()) and bool(found[1, 2].isnan().all())
+    same(found, expected(x, codes, s, [16], None, torch.float32))
+
+
+def test_the_largest_sums() -> None:
+    """All codes 1 and all activations 127: nothing overflows on the way."""
+    x, packed = torch.full((2, 4096), 3.5), torch.full((4, 4096), 0b10101010, dtype=torch.uint8)
+    found = decode.packed_matmul(x, packed, torch.ones(1), [16], None, torch.float32)
+    assert bool((found == 127 * 4096 / (127 * (1 / torch.tensor(3.5)))).all())

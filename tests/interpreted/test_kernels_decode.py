@@ -11,7 +11,7 @@ from torch import Tensor
 
 from axolotl_bitnet import ternary
 from axolotl_bitnet.ops.kernels import decode
-from axolotl_bitnet.ops.plain import pack_codes
+from axolotl_bitnet.ops import pack_codes
 
 SHAPES = {
     "one matrix": (1, 40, [64]),

@@ -1,7 +1,7 @@
 """The operations that BitLinear is made of, each in plain torch and as a Triton kernel with the same results.
 
 An operation takes and gives plain tensors; it knows neither layers nor models. Each is written once, in
-:mod:`~axolotl_bitnet.ops.activations` or :mod:`~axolotl_bitnet.ops.weights`.
+:mod:`~axolotl_bitnet.ops.activations`, :mod:`~axolotl_bitnet.ops.weights` or :mod:`~axolotl_bitnet.ops.packed`.
 """
 
 from .activations import (
@@ -14,6 +14,7 @@ from .activations import (
     swiglu_quantize,
 )
 from .operation import has_kernels
+from .packed import packed_matmul
 from .weights import (
     ROWS_PER_BYTE,
     ShardLayout,
@@ -40,6 +41,7 @@ __all__ = [
     "matmul",
     "pack_codes",
     "pack_shard",
+    "packed_matmul",
     "quantize_activations",
     "rmsnorm_backward",
     "rmsnorm_quantize",

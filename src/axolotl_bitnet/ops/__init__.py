@@ -1,7 +1,8 @@
 """The operations that BitLinear is made of, each in plain torch and as a Triton kernel with the same results.
 
 An operation takes and gives plain tensors; it knows neither layers nor models. Each is written once, in
-:mod:`~axolotl_bitnet.ops.activations`, :mod:`~axolotl_bitnet.ops.weights` or :mod:`~axolotl_bitnet.ops.packed`.
+:mod:`~axolotl_bitnet.ops.activations`, :mod:`~axolotl_bitnet.ops.weights` or
+:mod:`~axolotl_bitnet.ops.packed`.
 """
 
 from .activations import (

@@ -24,8 +24,8 @@ def packed_matmul(
 
     Args:
         x: (..., K), floating point; rounded to ``dtype`` first.
-        weight: the bytes of each matrix (its rows / 4, K), uint8, as :func:`pack_codes` makes them, one matrix
-            below the other; or their codes, int8 (rows, K): four times the memory, and no unpacking.
+        weight: the bytes of each matrix (its rows / 4, K), uint8, as :func:`pack_codes` makes them, one
+            matrix below the other; or their codes, int8 (rows, K): four times the memory, and no unpacking.
         s: float32 (matrices,), by which a matrix's product is divided.
         sizes: rows of each matrix, multiples of 4.
         bias: (rows,) or None.

@@ -1,10 +1,11 @@
 """The layer of a packed model: weights of 2 bits, BitLinear's output to the bit.
 
-transformers' own layer unpacks its weights at every call and rounds its scales to the model's dtype. This one gives
-stored bytes to :func:`axolotl_bitnet.ops.packed_matmul`. It can hold several matrices that read the same input, one
-below the other, each with a scale of its own: vLLM merges q, k and v, and gate and up.
+transformers' own layer unpacks its weights at every call and rounds its scales to the model's dtype. This one
+gives stored bytes to :func:`axolotl_bitnet.ops.packed_matmul`. It can hold several matrices that read the
+same input, one below the other, each with a scale of its own: vLLM merges q, k and v, and gate and up.
 
-The functions work on any module that has ``weight`` and ``weight_scale``, because vLLM's linear layers are not ours.
+The functions work on any module that has ``weight`` and ``weight_scale``, because vLLM's linear layers are
+not ours.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from ..ops import ROWS_PER_BYTE, packed_matmul, unpack_codes
 def prepare(layer: Any, sizes: Sequence[int], multiplies: bool, name: str) -> None:
     """Make a loaded layer ready to run: check it, turn its scales into divisors, and unpack it on a CPU.
 
-    On a CPU, unpacking at every call costs more than the product, so there the layer holds int8 codes, a byte a weight.
+    On a CPU, unpacking at every call costs more than the product, so there the layer holds int8 codes, a byte
+    a weight.
 
     Args:
-        layer: has ``weight``, uint8 (rows / 4, columns), and ``weight_scale`` (matrices,). ``divisors`` is added.
+        layer: has ``weight``, uint8 (rows / 4, columns), and ``weight_scale`` (matrices,). ``divisors`` is
+            added.
         sizes: rows of each of its matrices.
         multiplies: whether the stored scale is Microsoft's, by which a product is multiplied.
         name: of the layer, for errors.

@@ -1,10 +1,11 @@
 """Packed models in vLLM: the quantization method "bitnet", which vLLM itself does not have.
 
-vLLM finds :func:`register` by the entry-point group ``vllm.general_plugins`` and calls it in each of its processes. The
-layers are vLLM's own; the arithmetic is that of :mod:`.packed_linear`.
+vLLM finds :func:`register` by the entry-point group ``vllm.general_plugins`` and calls it in each of its
+processes. The layers are vLLM's own; the arithmetic is that of :mod:`.packed_linear`.
 
-Tensor parallelism is refused. A packed row of bytes holds rows r, r + n/4, r + n/2 and r + 3n/4 of a matrix, so a slice of the
-bytes is no slice of rows; and a layer that is divided by columns would quantize a part of each token by itself.
+Tensor parallelism is refused. A packed row of bytes holds rows r, r + n/4, r + n/2 and r + 3n/4 of a matrix,
+so a slice of the bytes is no slice of rows; and a layer that is divided by columns would quantize a part of
+each token by itself.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """``y = x W`` for a few rows, from weights as they are stored: 2 bits each. Twin: ``packed_matmul`` of
 :mod:`axolotl_bitnet.ops.packed`.
 
-A model that writes text multiplies one row at a time, and then waits for its weights: the time is their bytes over
-the memory's bandwidth. So they are read as they lie in the file, once, and unpacked in registers; a byte holds
-four rows of the matrix, so a tile of bytes is multiplied four times, shifted by 0, 2, 4 and 6 bits. What lies there
-is the code plus one; the sum of a row's codes is subtracted at the end. All of that is exact integer arithmetic, and
-the end of it is the definition's.
+A model that writes text multiplies one row at a time, and then waits for its weights: the time is their bytes
+over the memory's bandwidth. So they are read as they lie in the file, once, and unpacked in registers; a byte
+holds four rows of the matrix, so a tile of bytes is multiplied four times, shifted by 0, 2, 4 and 6 bits.
+What lies there is the code plus one; the sum of a row's codes is subtracted at the end. All of that is exact
+integer arithmetic, and the end of it is the definition's.
 
 1. ``_quantize``: codes, scale and sum of each row of x.
-2. ``_decode``: programs share the tiles of bytes, and where there are fewer tiles than multiprocessors, a tile's
-   columns; the last program to finish a tile adds the integers up and scales them.
+2. ``_decode``: programs share the tiles of bytes, and where there are fewer tiles than multiprocessors, a
+   tile's columns; the last program to finish a tile adds the integers up and scales them.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ def _store(product, scale, bias_ptr, y_rows, n, used, HAS_BIAS: tl.constexpr):
 
 
 class Cut(NamedTuple):
-    """How a product is cut: columns a step of the loop, warps of a program, stages of loads, and how many programs
-    share a tile's columns."""
+    """How a product is cut: columns a step of the loop, warps of a program, stages of loads, and how many
+    programs share a tile's columns."""
 
     k: int
     warps: int
@@ -205,8 +205,9 @@ def _multiprocessors(index: int) -> int:
 
 @cache
 def row_table(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 (3, byte rows): of each row of bytes, the output row of its lowest bits, how many rows lie between that and
-    the next bits', and which matrix it belongs to. Made once: nothing is copied to the GPU while a graph is captured."""
+    """int32 (3, byte rows): of each row of bytes, the output row of its lowest bits, how many rows lie
+    between that and the next bits', and which matrix it belongs to. Made once: nothing is copied to the GPU
+    while a graph is captured."""
     table, row = [], 0
     for matrix, size in enumerate(sizes):
         quarter = size // 4

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .layers.weight_codes import weights_unchanged
     from .model.convert import convert_to_bitlinear
     from .plugin.plugin import BitNetPlugin
+    from .serving.load_packed import load_packed
     from .ternary import quantize_activations, ternarize
     from .training.monitor.figures import observe
     from .training.ramp import set_ramp
@@ -31,6 +32,7 @@ _HOMES = {
     "VerificationReport": "verify.report",
     "convert_to_bitlinear": "model.convert",
     "export_gguf": "formats.export",
+    "load_packed": "serving.load_packed",
     "observe": "training.monitor.figures",
     "open_checkpoint": "formats.export",
     "pack_checkpoint": "formats.export",
@@ -49,6 +51,7 @@ __all__ = [
     "VerificationReport",
     "convert_to_bitlinear",
     "export_gguf",
+    "load_packed",
     "observe",
     "open_checkpoint",
     "pack_checkpoint",

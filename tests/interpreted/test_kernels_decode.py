@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import by_dtype, same
+from support.kernel_cases import by_dtype, same
 from torch import Tensor
 
 from axolotl_bitnet import ternary

@@ -12,6 +12,7 @@ from typing import cast
 import click
 
 _COMMANDS = {
+    "chat": ("chat", "Talk to the packed model in FOLDER."),
     "doctor": ("doctor", "Say what is installed, which kernels will run, and what is missing for what."),
     "gguf": ("write", "Write SOURCE as the GGUF file TARGET, for llama.cpp."),
     "inspect": ("check", "Say what the model in PATH is: latents, packed, GGUF, ..."),

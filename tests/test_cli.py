@@ -96,6 +96,7 @@ def test_errors_are_sentences(tmp_path: Path) -> None:
 
 COMMANDS = [("packed", ["pack"]), ("dense", ["revert"]), ("mlx", ["mlx"])]
 COMMANDS += [("gguf-tq2_0", ["gguf"]), ("gguf-tq1_0", ["gguf", "--type", "tq1_0"])] if HAS_GGUF else []
+COMMANDS += [("gguf-q2_0", ["gguf", "--type", "q2_0"])] if HAS_GGUF else []
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_bitnet import convert_to_bitlinear, pack_checkpoint
-from axolotl_bitnet.formats.export import export_gguf
+from axolotl_bitnet.formats.export import export_gguf, gguf_types
 from axolotl_bitnet.formats.gguf import architecture as gguf_llama
 from axolotl_bitnet.formats.gguf import metadata
-from axolotl_bitnet.formats.gguf.tq import BLOCK_BYTES
 from support import TINY
 from support.llamacpp import LlamaCpp
 from support.llamas import VARIANTS, build, save
@@ -24,6 +23,7 @@ from support.llamas import VARIANTS, build, save
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 IDS = (torch.arange(300) * 37 % 500 + 3) % 512
+TYPES = gguf_types()
 LENGTHS = (2, 9, 40, 150, 300)
 
 
@@ -51,7 +51,7 @@ def test_llama_cpp_computes_the_trained_model(tmp_path: Path, variant: str) -> N
     assert max(errors(model, file)) < OFF
 
 
-@pytest.mark.parametrize("type", BLOCK_BYTES)
+@pytest.mark.parametrize("type", TYPES)
 @pytest.mark.parametrize("embeddings", ["f16", "q8_0"])
 def test_other_types_compute_the_same(tmp_path: Path, type: str, embeddings: str) -> None:
     model = build(hidden_size=512)
@@ -131,7 +131,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("type", BLOCK_BYTES)
+@pytest.mark.parametrize("type", TYPES)
 def test_greedy_tokens_are_the_trained_model_s(trained: Trained, tmp_path: Path, type: str) -> None:
     runner = LlamaCpp(export_gguf(trained.latents, tmp_path / "model.gguf", type))
     right = 0
@@ -145,7 +145,8 @@ def test_greedy_tokens_are_the_trained_model_s(trained: Trained, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_perplexity_is_that_of_the_packed_model(trained: Trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize("type", ["tq2_0", "q2_0"])
+def test_perplexity_is_that_of_the_packed_model(trained: Trained, tmp_path: Path, type: str) -> None:
     """As transformers computes it with its own BitLinear."""
     ids = torch.tensor([trained.text])
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
@@ -153,10 +154,10 @@ def test_perplexity_is_that_of_the_packed_model(trained: Trained, tmp_path: Path
         assert type(packed.model.layers[0].mlp.up_proj).__module__ == "transformers.integrations.bitnet"
         chances = packed(ids).logits[0, :-1].log_softmax(-1)
     expected = (-chances.gather(1, ids[0, 1:, None]).mean()).exp()
-    runner, text = LlamaCpp(export_gguf(trained.packed, tmp_path / "model.gguf")), trained.text
+    runner, text = LlamaCpp(export_gguf(trained.packed, tmp_path / "model.gguf", type)), trained.text
     each = [runner.logprobs(text[:n], 512)[text[n]] for n in range(1, len(text))]
     found = (-torch.stack(each).mean()).exp()
-    print(f"perplexity {found:.4f}, packed {expected:.4f}")
+    print(f"{type}: perplexity {found:.4f}, packed {expected:.4f}")
     assert abs(found / expected - 1) < 0.01
 
 

@@ -46,6 +46,7 @@ EXPECTED = {
     "packed": ("packed", "divides by weight_scale, by axolotl-bitnet", 2.0),
     "gguf-tq2_0": ("GGUF", "TQ2_0, by axolotl-bitnet", 2.0625),
     "gguf-tq1_0": ("GGUF", "TQ1_0, by axolotl-bitnet", 1.6875),
+    "gguf-q2_0": ("GGUF", "Q2_0, by axolotl-bitnet", 2.25),
     "dense": ("dense ternary", "layers by its config", 16.0),
     "mlx": ("mlx", "MLX", 2.25),
 }

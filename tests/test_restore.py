@@ -256,7 +256,7 @@ def test_tensors_of_other_dtypes_are_kept(tiny_model: Build, tmp_path: Path) -> 
     assert config["dtype"] == "float32" and "torch_dtype" not in config
 
 
-@pytest.mark.parametrize("kind", ["tq2_0", "tq1_0"])
+@pytest.mark.parametrize("kind", ["tq2_0", "tq1_0", "q2_0"])
 def test_from_gguf(tiny_model: Build, tmp_path: Path, kind: str) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed")
     from transformers import AutoTokenizer

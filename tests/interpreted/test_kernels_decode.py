@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from support.kernel_cases import by_dtype, same
 from torch import Tensor
 
 from axolotl_bitnet import ternary
-from axolotl_bitnet.ops.kernels import decode
 from axolotl_bitnet.ops import pack_codes
+from axolotl_bitnet.ops.kernels import decode
+from support.kernel_cases import by_dtype, same
 
 SHAPES = {
     "one matrix": (1, 40, [64]),

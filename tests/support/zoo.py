@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from axolotl_bitnet.formats.gguf.tq import decode_blocks, encode_blocks
+from axolotl_bitnet.formats.gguf.reader import GGUFCheckpoint
+from axolotl_bitnet.formats.gguf.ternary_type import TernaryType
 from axolotl_bitnet.formats.mlx import pack_words, unpack_words
 from axolotl_bitnet.formats.packed import pack_codes, unpack_codes
 from axolotl_bitnet.formats.registry import FORMATS
@@ -78,19 +79,23 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> No
 
 def edit_gguf(file: Path, name: str, change: Callable[[Tensor, str], Tensor]) -> None:
     """Replace a tensor's bytes in place; ``change`` takes and gives them as uint8 (rows, bytes)."""
-    import gguf
-
-    reader = gguf.GGUFReader(file)
-    (tensor,) = [tensor for tensor in reader.tensors if tensor.name == name]
-    rows = int(tensor.shape[-1]) if len(tensor.shape) > 1 else 1
-    start, size, kind = int(tensor.data_offset), int(tensor.n_bytes), tensor.tensor_type.name.lower()
-    del reader
+    checkpoint = GGUFCheckpoint(file)
+    stored = checkpoint._header.tensors[name]
+    rows = stored.shape[0] if len(stored.shape) > 1 else 1
+    start, size, kind = stored.offset, stored.nbytes, checkpoint._kinds[stored.kind].lower()
     data = bytearray(file.read_bytes())
     old = torch.frombuffer(data[start : start + size], dtype=torch.uint8).reshape(rows, -1)
     new = change(old.clone(), kind).contiguous().view(torch.uint8)
     assert new.numel() == size and not torch.equal(new.reshape(-1), old.reshape(-1))
     data[start : start + size] = new.numpy().tobytes()
     file.write_bytes(data)
+
+
+def ternary_type(name: str) -> TernaryType:
+    """A type of GGUF tensors, by llama.cpp's name of it in lower case."""
+    written: Any = FORMATS[f"gguf-{name}"].format
+    type: TernaryType = written.type
+    return type
 
 
 def flip_code(artifact: Path, kind: str, rng: random.Random) -> None:
@@ -102,9 +107,10 @@ def flip_code(artifact: Path, kind: str, rng: random.Random) -> None:
         codes[row, column] = rng.choice([code for code in (-1, 0, 1) if code != old])
 
     def in_gguf(data: Tensor, stored_as: str) -> Tensor:
-        codes, d = decode_blocks(data, stored_as)
+        type = ternary_type(stored_as)
+        codes, d = type.decode(data)
         flip(codes)
-        return encode_blocks(codes, d.reshape(-1)[:1], stored_as)
+        return type.encode(codes, d.reshape(-1)[:1])
 
     if kind.startswith("gguf"):
         name = rng.choice(["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"])
@@ -141,9 +147,10 @@ def change_scale(artifact: Path, kind: str, rng: random.Random) -> None:
         return torch.nextafter(tensor, torch.full_like(tensor, torch.inf))
 
     def in_gguf(data: Tensor, stored_as: str) -> Tensor:
-        row, block = rng.randrange(data.shape[0]), {"tq2_0": 66, "tq1_0": 54}[stored_as]
-        d = data[row, block - 2 : block].view(torch.float16)
-        data[row, block - 2 : block] = next_one(d).view(torch.uint8)
+        row = rng.randrange(data.shape[0])
+        place = 0 if stored_as == "q2_0" else ternary_type(stored_as).nbytes - 2  # in a block
+        d = data[row, place : place + 2].view(torch.float16)
+        data[row, place : place + 2] = next_one(d).view(torch.uint8)
         return data
 
     if kind.startswith("gguf"):

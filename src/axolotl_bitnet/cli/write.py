@@ -55,7 +55,7 @@ def pack(source: Path, target: Path, overwrite: bool, machine: bool) -> None:
     type=click.Choice(gguf_types()),
     default="tq2_0",
     show_default=True,
-    help="tq2_0: 2.06 bits a weight, quicker. tq1_0: 1.69 bits, smaller.",
+    help="For CPUs tq2_0 (2.06 bits a weight) or tq1_0 (1.69, slower); for GPUs q2_0 (2.25).",
 )
 @click.option(
     "--embeddings",

@@ -113,13 +113,13 @@ def export_gguf(
     """Write a ternary model as one GGUF file.
 
     Works tensor by tensor: memory stays below twice the largest tensor plus 300 MiB. The file appears when it
-    is complete, or not at all. A ternary layer whose rows are no multiple of 256 is written as F16, with the
-    same values; a warning names it.
+    is complete, or not at all. A ternary layer whose rows are no multiple of 256 (q2_0: of 64) is written as
+    F16, with the same values; a warning names it.
 
     Args:
         src: a ternary model of any format, with its tokenizer.
         file: file to make.
-        type: of the ternary layers, tq2_0 or tq1_0 (smaller, slower).
+        type: of the ternary layers: tq2_0, tq1_0 (smaller, slower), both quick on CPUs, or q2_0 (for GPUs).
         overwrite: replace ``file`` if it exists.
         check: called with the finished file before it gets its name; if it raises, nothing is left behind.
         embeddings: type of embedding and head: bf16 (as packed), f16 or q8_0 (smaller, not exact).

@@ -49,6 +49,7 @@ _ROWS = (
     Row("packed", "packed", "2 bits a weight", "pack", "packed:PACKED"),
     Row("gguf-tq2_0", "gguf/model-TQ2_0.gguf", "GGUF, TQ2_0", "gguf --type tq2_0", "gguf.tq:TQ2_0"),
     Row("gguf-tq1_0", "gguf/model-TQ1_0.gguf", "GGUF, TQ1_0", "gguf --type tq1_0", "gguf.tq:TQ1_0"),
+    Row("gguf-q2_0", "gguf/model-Q2_0.gguf", "GGUF, Q2_0", "gguf --type q2_0", "gguf.q2_0:Q2_0"),
     Row("dense", "dense", "dense bfloat16", "revert", "dense:DENSE"),
     Row("mlx", "mlx", "2 bits, for MLX", "mlx", "mlx:MLX"),
 )

@@ -54,7 +54,7 @@ class Chat:
         )
 
 
-class _Streamer(TextStreamer):  # type: ignore[misc]
+class _Streamer(TextStreamer):
     def __init__(self, tokenizer: Any, write: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write = write

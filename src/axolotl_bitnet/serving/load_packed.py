@@ -46,13 +46,13 @@ def load_packed(folder: str | Path, **options: Any) -> Any:
         ValueError: a layer's scale is not positive and finite.
     """
     path = Path(folder) / "config.json"
-    entry = read_json(path).get("quantization_config")
-    if not entry:
+    stored = read_json(path)
+    if not (entry := stored.get("quantization_config")):
         raise CheckpointError(f"{path} has no quantization_config: it is not a packed model's")
     config = AutoConfig.from_pretrained(folder)
     config.quantization_config = {
         "quant_method": _METHOD,
-        "multiplies": multiplies(entry, config.to_dict(), path),
+        "multiplies": multiplies(stored, path),
         "dense": entry.get("modules_to_not_convert"),
     }
     return AutoModelForCausalLM.from_pretrained(folder, config=config, **{"dtype": "auto"} | options).eval()

@@ -33,8 +33,10 @@ def prepare(layer: Any, sizes: Sequence[int], multiplies: bool, name: str) -> No
         name: of the layer, for errors.
 
     Raises:
-        ValueError: a scale is not a positive finite number.
+        ValueError: a scale is not a positive finite number, or a bias would be scaled with the product.
     """
+    if multiplies and layer.bias is not None:
+        raise ValueError(f"'{name}' has a bias, which `autobitlinear` scales with the weight")
     stored = layer.weight_scale.detach().to(torch.float32).reshape(-1)
     if not bool(((stored > 0) & stored.isfinite()).all()):
         raise ValueError(f"'{name}' has the weight_scale {stored.tolist()}; it must be positive and finite")

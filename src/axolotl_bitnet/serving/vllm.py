@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.quantizers.quantizers_utils import should_convert_module
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -60,7 +60,8 @@ class BitNetConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        self.multiplies = multiplies(self.entry, hf_config.to_dict(), Path(model_name))
+        config = hf_config.to_dict() | {"quantization_config": self.entry}
+        self.multiplies = multiplies(config, Path(model_name) / "config.json")
 
     def get_quant_method(self, layer: Any, prefix: str) -> LinearMethodBase | None:
         if "Expert" in type(layer).__name__ or "MoE" in type(layer).__name__:
@@ -79,8 +80,8 @@ class BitNetConfig(QuantizationConfig):
         if not all(packed.values()):
             dense = next(name for name, is_packed in packed.items() if not is_packed)
             raise ValueError(
-                f"vLLM computes {', '.join(names)} as one layer, and '{dense}' is dense while others are packed: "
-                "train with all or none of them in bitnet.skip_modules, or serve the dense export"
+                f"vLLM computes {', '.join(names)} as one layer, and '{dense}' is dense while others are "
+                "packed: train with all or none of them in bitnet.skip_modules, or serve the dense export"
             )
         return BitNetLinearMethod(self, prefix)
 
@@ -104,8 +105,9 @@ class BitNetLinearMethod(LinearMethodBase):
     ) -> None:
         if layer.tp_size > 1:
             raise ValueError(
-                "packed models cannot be served with --tensor-parallel-size above 1: a slice of packed bytes is no slice "
-                "of rows. Use --data-parallel-size or --pipeline-parallel-size, or serve the dense export"
+                "packed models cannot be served with --tensor-parallel-size above 1: a slice of packed bytes is "
+                "no slice of rows. Use --data-parallel-size or --pipeline-parallel-size, or serve the dense "
+                "export"
             )
         loader = attributes["weight_loader"]
         rows = sum(output_partition_sizes) // ROWS_PER_BYTE

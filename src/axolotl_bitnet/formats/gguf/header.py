@@ -23,6 +23,11 @@ _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _I2_S = 36  # in bitnet.cpp's fork of llama.cpp
+_Q2_0 = 42
+_OF_FORKS = {
+    142: "type 142 (PQ2_0, blocks of 128 codes), which llama.cpp itself does not have: it is not read",
+    143: "type 143 (PTQ1_0, blocks of 128 codes), which llama.cpp itself does not have: it is not read",
+}
 _MOST = 1 << 24  # entries of one array, metadata keys, tensors: beyond it a file is damaged
 
 
@@ -149,7 +154,8 @@ def _parse(path: Path, cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> He
                 "safetensors"
             )
         if kind not in sizes:
-            raise CheckpointError(f"{path}: tensor '{name}' has the unknown type {kind}")
+            type = _OF_FORKS.get(kind, f"the unknown type {kind}")
+            raise CheckpointError(f"{path}: tensor '{name}' has {type}")
         elements, size = sizes[kind]
         count = 1
         for dimension in shape:
@@ -157,9 +163,26 @@ def _parse(path: Path, cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> He
         if not shape or shape[-1] % elements or count == 0:
             raise CheckpointError(f"{path}: tensor '{name}' has the impossible shape {list(shape)}")
         tensors[name] = Stored(kind, shape, start + offset, count // elements * size)
-        if tensors[name].offset + tensors[name].nbytes > len(cursor.data):
-            raise CheckpointError(f"{path} ends before or within '{name}': it was cut short")
+    _check_places(path, tensors, len(cursor.data))
     end = max((stored.offset + stored.nbytes for stored in tensors.values()), default=start)
     if (rest := len(cursor.data) - end) > alignment:
         raise CheckpointError(f"{path} is damaged: {rest:,} bytes follow its last tensor")
     return Header(path, metadata, tensors)
+
+
+def _check_places(path: Path, tensors: dict[str, Stored], end: int) -> None:
+    """Each tensor must end before the next begins, the last with the file."""
+    order = sorted(tensors.items(), key=lambda item: item[1].offset)
+    for (name, stored), following in zip(order, [*order[1:], None], strict=True):
+        room = (end if following is None else following[1].offset) - stored.offset
+        if stored.nbytes <= room:
+            continue
+        codes = stored.nbytes // 18 * 64
+        if stored.kind == _Q2_0 and 0 <= room - codes // 128 * 34 < codes // 128 * 34:
+            raise CheckpointError(
+                f"{path}: tensor '{name}' is of an older Q2_0 (type {_Q2_0} with blocks of 128 codes), which "
+                "is not read: have the file made again by a newer llama.cpp"
+            )
+        if following is None or stored.offset + stored.nbytes > end:
+            raise CheckpointError(f"{path} ends before or within '{name}': it was cut short")
+        raise CheckpointError(f"{path} is damaged: tensor '{name}' overlaps '{following[0]}'")

@@ -145,8 +145,8 @@ def test_greedy_tokens_are_the_trained_model_s(trained: Trained, tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("type", ["tq2_0", "q2_0"])
-def test_perplexity_is_that_of_the_packed_model(trained: Trained, tmp_path: Path, type: str) -> None:
+@pytest.mark.parametrize("kind", ["tq2_0", "q2_0"])
+def test_perplexity_is_that_of_the_packed_model(trained: Trained, tmp_path: Path, kind: str) -> None:
     """As transformers computes it with its own BitLinear."""
     ids = torch.tensor([trained.text])
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
@@ -154,10 +154,10 @@ def test_perplexity_is_that_of_the_packed_model(trained: Trained, tmp_path: Path
         assert type(packed.model.layers[0].mlp.up_proj).__module__ == "transformers.integrations.bitnet"
         chances = packed(ids).logits[0, :-1].log_softmax(-1)
     expected = (-chances.gather(1, ids[0, 1:, None]).mean()).exp()
-    runner, text = LlamaCpp(export_gguf(trained.packed, tmp_path / "model.gguf", type)), trained.text
+    runner, text = LlamaCpp(export_gguf(trained.packed, tmp_path / "model.gguf", kind)), trained.text
     each = [runner.logprobs(text[:n], 512)[text[n]] for n in range(1, len(text))]
     found = (-torch.stack(each).mean()).exp()
-    print(f"{type}: perplexity {found:.4f}, packed {expected:.4f}")
+    print(f"{kind}: perplexity {found:.4f}, packed {expected:.4f}")
     assert abs(found / expected - 1) < 0.01
 
 

@@ -105,8 +105,8 @@ class BitNetLinearMethod(LinearMethodBase):
     ) -> None:
         if layer.tp_size > 1:
             raise ValueError(
-                "packed models cannot be served with --tensor-parallel-size above 1: a slice of packed bytes is "
-                "no slice of rows. Use --data-parallel-size or --pipeline-parallel-size, or serve the dense "
+                "packed models cannot be served with --tensor-parallel-size above 1: a slice of packed bytes "
+                "is no slice of rows. Use --data-parallel-size or --pipeline-parallel-size, or serve the dense "
                 "export"
             )
         loader = attributes["weight_loader"]

@@ -87,7 +87,7 @@ def _quarter(byte, SHIFT: tl.constexpr):
     return tl.inline_asm_elementwise(_take(SHIFT), "=r,r", [byte], dtype=tl.int8, is_pure=True, pack=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _decode(
     x_ptr, r_ptr, sum_ptr, w_ptr, table_ptr, s_ptr, bias_ptr, y_ptr, shares_ptr, tickets_ptr,
     rows, out_features, byte_rows, columns, span,

@@ -164,7 +164,7 @@ def matmul(
         codes_x: int8 (..., K), contiguous, not empty.
         r: float32 (..., 1).
         codes_w: int8 (out_features, K), contiguous, not empty.
-        s: bfloat16 (1,).
+        s: bfloat16 or float32 (1,).
         bias: (out_features,) or None.
         dtype: float32, bfloat16 or float16.
     """
@@ -172,7 +172,7 @@ def matmul(
     rows = r.numel()
     y = torch.empty(*codes_x.shape[:-1], out_features, dtype=dtype, device=codes_x.device)
     multiprocessors, has_tma = _gpu(codes_x.get_device())
-    key = (dtype, rows, out_features, columns, None if bias is None else (bias.dtype, *aligned(bias)))
+    key = (dtype, s.dtype, rows, out_features, columns, bias is not None and (bias.dtype, *aligned(bias)))
     operands = (codes_x, r, codes_w, s, bias, y, rows)
     if has_tma and columns % 16 == 0 and out_features * dtype.itemsize % 16 == 0:
         launch_tma(*operands, key, multiprocessors, tma_tiles(rows, out_features, dtype.itemsize))

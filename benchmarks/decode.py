@@ -224,7 +224,7 @@ def _humming_layer(weight: Tensor, out: int, columns: int) -> nn.Module:
 PEERS = {"transformers": lambda weight, out, columns: _transformers_layer(weight), "humming": _humming_layer}
 
 
-def tokens(layers: int) -> list[dict[str, Any]]:
+def tokens(layers: int, peers: list[str]) -> list[dict[str, Any]]:
     """Tokens a second of the 3B shape with random weights, one sequence, a CUDA graph a token."""
     from scaling import SHAPES, VOCABULARY
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -238,7 +238,7 @@ def tokens(layers: int) -> list[dict[str, Any]]:
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
-    for who in ("bf16", "axolotl-bitnet", "transformers"):
+    for who in ("bf16", "axolotl-bitnet", *peers):
         if who != "bf16":
             for name, module in list(model.named_modules()):
                 if name.endswith("_proj"):
@@ -333,6 +333,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=32, help="of the model whose tokens are counted")
     args = parser.parse_args()
+    peers = args.peers.split(",") if args.peers else []
     bandwidth = copy_bandwidth()
     about = {"machine": f"{machine()}, copies {bandwidth / 1e9:.0f} GB/s", "date": time.strftime("%Y-%m-%d")}
     print(about["machine"], flush=True)
@@ -341,11 +342,11 @@ def main() -> None:
     if "layer" in args.parts:
         as_vllm()
     if "tokens" in args.parts:
-        rows = [about | row for row in tokens(args.layers)]
+        rows = [about | row for row in tokens(args.layers, peers)]
         columns = ("machine", "date", "model", "who", "weights_gib", "graph_tokens_s", "eager_tokens_s")
         append_csv(RESULTS / "decode_tokens.csv", columns, rows)
     if "products" in args.parts:
-        rows = [about | row for row in products(bandwidth, args.peers.split(",") if args.peers else [])]
+        rows = [about | row for row in products(bandwidth, peers)]
         append_csv(RESULTS / "decode.csv", COLUMNS, rows)
 
 

@@ -106,8 +106,8 @@ class BitNetLinearMethod(LinearMethodBase):
         if layer.tp_size > 1:
             raise ValueError(
                 "packed models cannot be served with --tensor-parallel-size above 1: a slice of packed bytes "
-                "is no slice of rows. Use --data-parallel-size or --pipeline-parallel-size, or serve the dense "
-                "export"
+                "is no slice of rows. Use --data-parallel-size or --pipeline-parallel-size, or serve the "
+                "dense export"
             )
         loader = attributes["weight_loader"]
         rows = sum(output_partition_sizes) // ROWS_PER_BYTE

@@ -24,7 +24,7 @@ pytest = python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --duration
 # $(call in,LANE) begins a recipe line that runs inside the lane's environment
 in = environment=$$(scripts/environment.sh $(1)) && PATH="$$environment/bin:$$PATH" && export PATH && set -x &&
 
-.PHONY: help test test-latest nightly lint demo bench example build clean distclean
+.PHONY: help test test-latest test-vllm nightly lint demo bench example build clean distclean
 
 help: ## list the targets (the default)
 	@sed -n 's/^\([a-z-]*\):[a-z ]*## */\1	/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -40,6 +40,9 @@ nightly: ## run the tests that the clock decides: kills at random moments of eve
 
 lint: ## ruff (rules and format) on everything, mypy on the package
 	@$(call in,oldest) ruff check . && ruff format --check . && mypy
+
+test-vllm: ## serve the demo's packed model and others with vLLM on a CPU (after make demo; outside CI)
+	@environment=$$(scripts/vllm.sh) && PATH="$$environment/bin:$$PATH" && export PATH && set -x && python -m pytest -m '' tests/vllm $(ARGS)
 
 demo: ## train a tiny ternary model (SFT, DPO), pack it, ask it: minutes on a CPU
 	@scripts/demo.sh

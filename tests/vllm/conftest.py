@@ -1,7 +1,8 @@
-"""These tests need vLLM: ``make test-vllm`` makes an environment that has it. Elsewhere they are skipped."""
+"""These tests need vLLM: ``make test-vllm`` makes an environment that has it. Elsewhere none is collected."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 # Before vLLM is imported: in one process, so that a test sees its models; eager, so that nothing is compiled.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-vllm = pytest.importorskip("vllm", reason="make test-vllm")
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,6 +31,8 @@ def demo() -> Path:
 @pytest.fixture
 def served() -> Iterator[Callable[..., Any]]:
     """``served(folder, **options)``: a vLLM engine in float32, one at a time."""
+    import vllm
+
     engines: list[Any] = []
 
     def serve(folder: Path, **options: Any) -> Any:

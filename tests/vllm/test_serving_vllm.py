@@ -65,8 +65,8 @@ def by_onebitllms(folder: Path) -> Path:
 
 
 def same_tokens(engine: Any, model: Any, prompts: list[list[int]], count: int) -> float:
-    """Greedy tokens must agree wherever the two best are further apart than logits differ; returns the largest
-    difference of a log-probability."""
+    """Greedy tokens must agree wherever the two best are further apart than logits differ. Returns the
+    largest difference of a log-probability."""
     how = SamplingParams(max_tokens=count, temperature=0, logprobs=5, ignore_eos=True)
     answers = engine.generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)
     worst, places = 0.0, []

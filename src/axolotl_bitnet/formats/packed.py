@@ -8,6 +8,7 @@ rows/4``, ``r + 2 rows/4`` and ``r + 3 rows/4`` at bits 0, 2, 4 and 6. Beside it
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,13 @@ class PackedFormat(FolderFormat):
             "Transformers compiles its unpacking, which needs a C++ compiler; `TORCH_COMPILE_DISABLE=1` does "
             "without."
         )
-        return [in_transformers("Packed, in transformers", path, note)]
+        quoted = shlex.quote(path)
+        ours = "With axolotl-bitnet installed there. Weights stay at 2 bits; answers are the trained model's."
+        return [
+            in_transformers("Packed, in transformers", path, note),
+            WayToRun("Packed, in a terminal", "bash", f"axolotl-bitnet chat {quoted}", ours),
+            WayToRun("Packed, in vLLM", "bash", f"vllm serve {quoted}", f"{ours} One GPU a model."),
+        ]
 
     def config_of(self, source: TernaryCheckpoint) -> dict[str, Any]:
         return packed_config(source.config, source.names)

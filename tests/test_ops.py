@@ -30,6 +30,7 @@ OPERATIONS = [
     "unpack_codes",
     "unpack_shards",
     "dequantize_shards",
+    "packed_matmul",
 ]
 GRADIENTS = {"swiglu_backward", "rmsnorm_backward"}
 
@@ -94,6 +95,10 @@ def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bi
         "unpack_codes": [ops.pack_codes.plain(four)],
         "unpack_shards": [packed, 7],
         "dequantize_shards": [packed, g, 7, dtype],
+        "packed_matmul": [
+            *(x, torch.cat([ops.pack_codes.plain(codes_w)] * 2), torch.tensor([3.0, 0.7]), [8, 8]),
+            *(torch.randn(16) if bias else None, dtype),
+        ],
     }[operation]
 
 
@@ -194,6 +199,14 @@ def definition(operation: str, given: list[Any]) -> tuple[Tensor, ...]:
         case "dequantize_shards", [packed, g, 7, dtype]:
             (codes,) = definition("unpack_shards", [packed, 7])
             return (ternary.dequantize(codes, ternary.scale_of(g), dtype),)
+        case "packed_matmul", [x, bytes, scales, sizes, bias, dtype]:
+            codes_x, r = ternary.quantize_activations(x.to(dtype))
+            parts = []
+            for some, s in zip(bytes.split([size // 4 for size in sizes]), scales, strict=True):
+                (codes_w,) = definition("unpack_codes", [some])
+                parts += definition("matmul", [codes_x, r, codes_w, s, None, dtype])
+            y = torch.cat(parts, dim=-1)
+            return (y if bias is None else y + bias.to(dtype),)
     raise AssertionError(f"{operation} has no definition here")
 
 

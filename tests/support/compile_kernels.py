@@ -24,7 +24,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from axolotl_bitnet.ops import ShardLayout
-from axolotl_bitnet.ops.kernels import activations, launch, matmul, packing, rmsnorm, shards, swiglu, weights
+from axolotl_bitnet.ops.kernels import (
+    activations,
+    divergence,
+    launch,
+    matmul,
+    packing,
+    rmsnorm,
+    shards,
+    swiglu,
+    weights,
+)
 
 BF16, F32 = torch.bfloat16, torch.float32
 NAMES = {F32: "fp32", BF16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -66,6 +76,9 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         lambda: shards.unpack_layer(empty(8, layout.packed_size, dtype=torch.uint8), layout),
     )
     yield "pack", lambda: packing.pack_codes(empty(9216, 2048, dtype=torch.int8))
+    z, places = empty(512, 151936, dtype=F32), empty(512, dtype=torch.int64)
+    for name, *how in (("pure", 1.0, 1.0), ("mixed", 2.0, 0.5)):
+        yield f"divergence {name}", lambda h=how: divergence.divergence(z, z, places, z[0, 0], *h, BF16)
     yield "unpack", lambda: packing.unpack_codes(empty(2304, 2048, dtype=torch.uint8))
 
     tiles = {}
@@ -130,7 +143,7 @@ def main(arch: int, only: str) -> None:
     ) -> None:
         caught.append((kernel, args, warps, stages))
 
-    for module in (activations, matmul, packing, rmsnorm, shards, swiglu, weights):
+    for module in (activations, divergence, matmul, packing, rmsnorm, shards, swiglu, weights):
         module.launch = catch  # type: ignore[attr-defined]
     matmul._gpu = lambda index: (MULTIPROCESSORS[arch], arch >= 90)
     tiles: list[matmul.Tiles] = []

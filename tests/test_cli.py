@@ -331,7 +331,7 @@ def test_recipes_are_copied_once(tmp_path: Path) -> None:
     code, output = _call("recipes", target)
     assert code == 0 and "sft.yaml" in output
     names = {path.name for path in target.iterdir()}
-    assert {"sft.yaml", "sft-1b.yaml", "dpo.yaml", "README.md", "tiny"} <= names
+    assert {"sft.yaml", "sft-1b.yaml", "dpo.yaml", "convert.yaml", "README.md", "tiny"} <= names
     (target / "sft.yaml").write_text("mine")
     code, output = _call("recipes", target)
     assert code == 2 and "not empty" in output and (target / "sft.yaml").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""`axolotl-bitnet doctor`: what is installed, what will run, what is missing for what."""
+"""`axolotl bitnet doctor`: what is installed, what will run, what is missing for what."""
 
 from __future__ import annotations
 

@@ -107,6 +107,8 @@ def test_the_wheel_carries_code_and_recipes(tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "axolotl_bitnet", "recipes", str(target)]
     environment = os.environ | {"PYTHONPATH": str(installed)}
     subprocess.run(arguments, check=True, capture_output=True, cwd=tmp_path, env=environment)
-    for path in (root / "examples" / "falcon-e").glob("*.yaml"):
+    for path in [
+        path for kind in ("falcon-e", "convert") for path in (root / "examples" / kind).glob("*.yaml")
+    ]:
         assert (target / path.name).read_bytes() == path.read_bytes()
     assert (target / "tiny" / "train.jsonl").is_file()

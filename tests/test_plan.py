@@ -1,4 +1,4 @@
-"""`axolotl-bitnet plan`: what a config will do, without weights."""
+"""`axolotl bitnet plan`: what a config will do, without weights."""
 
 from __future__ import annotations
 

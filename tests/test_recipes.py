@@ -12,7 +12,7 @@ from axolotl_bitnet.plugin.refusals import launch_refusal, refusals, rounds_stoc
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RECIPES = sorted(EXAMPLES.rglob("*.yaml"))
-ONE_GPU = {"pretrain-tiny.yaml", "distill.yaml", "sft-1b.yaml", "dpo.yaml"}
+ONE_GPU = {"pretrain-tiny.yaml", "convert.yaml", "sft-1b.yaml", "dpo.yaml"}
 FULL = [path for path in RECIPES if path.parent.name == "falcon-e" and path.name not in ONE_GPU]
 
 

@@ -1,25 +1,47 @@
-"""llama.cpp, as verify runs it, asked for more."""
+"""llama.cpp, as the wheel of xllamacpp carries it: its server on a local port, asked over HTTP."""
 
 from __future__ import annotations
 
+import json
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from axolotl_bitnet.verify import engines
-
 _HARMLESS = 18  # a token that is a whole character, in all tokenizers of the tests
 
 
-class LlamaCpp(engines.LlamaCpp):
-    """A GGUF file, loaded; computed in one thread, for the tests' models are tiny."""
+class LlamaCpp:
+    """A GGUF file, loaded."""
 
-    def __init__(self, file: Path, context: int = 512) -> None:
-        super().__init__(file, context, threads=1)
+    def __init__(self, file: Path, context: int = 512):
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(file)
+        params.n_ctx, params.n_gpu_layers, params.n_parallel = context, 0, 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        params.warmup = params.fit_params = False
+        params.verbosity = 0
+        self._server = xllamacpp.Server(params)
+
+    def post(self, path: str, **body: Any) -> Any:
+        request = urllib.request.Request(
+            self._server.listening_address + path,
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
 
     def tokenize(self, text: str) -> list[int]:
         return list(self.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"])
+
+    def greedy(self, ids: list[int], count: int) -> list[int]:
+        answer = self.post("/completion", prompt=ids, n_predict=count, temperature=0, return_tokens=True)
+        return list(answer["tokens"])
 
     def logprobs(self, ids: list[int], vocabulary: int) -> Tensor:
         """Of the token after ``ids``, float32 (vocabulary,). The server tells them of a token it has printed,

@@ -19,7 +19,7 @@ _COMMANDS = {
     "mlx": ("write", "Write SOURCE as a 2-bit MLX model, for mlx-lm on Apple computers."),
     "pack": ("write", "Pack SOURCE into TARGET, 2 bits a weight."),
     "plan": ("plan", "Say what training CONFIG will do: refusals, rates, memory, sizes."),
-    "recipes": ("recipes", "Copy the Falcon-E recipes into DIRECTORY."),
+    "recipes": ("recipes", "Copy the recipes into DIRECTORY."),
     "report": ("report", "Write the run in OUTPUT_DIR as one page with plots."),
     "restore": ("write", "Make trainable latents of SOURCE, a packed or dense ternary model."),
     "revert": ("write", "Write SOURCE as dense bfloat16, for vLLM, SGLang and converters."),

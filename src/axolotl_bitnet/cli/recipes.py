@@ -15,7 +15,7 @@ from .terminal import BadInput, command
 @click.argument("directory", type=click.Path(path_type=Path))
 @command
 def recipes(directory: Path) -> None:
-    """Copy the Falcon-E recipes into DIRECTORY (made if missing; nothing in it is overwritten).
+    """Copy the recipes into DIRECTORY (made if missing; nothing in it is overwritten).
 
     \b
     Example:
@@ -24,15 +24,19 @@ def recipes(directory: Path) -> None:
     """
     if directory.exists() and any(directory.iterdir()):
         raise BadInput(f"{directory} is not empty: name a new directory")
-    with as_file(_recipes_folder()) as source:
-        shutil.copytree(source, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in _recipe_folders():
+        with as_file(folder) as source:
+            shutil.copytree(
+                source, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+            )
     click.echo(
         f"recipes copied to {directory}: " + ", ".join(sorted(path.name for path in directory.glob("*.yaml")))
     )
 
 
-def _recipes_folder():  # type: ignore[no-untyped-def]
+def _recipe_folders():  # type: ignore[no-untyped-def]
     installed = files("axolotl_bitnet") / "recipes"
     if installed.is_dir():
-        return installed
-    return Path(__file__).resolve().parents[3] / "examples" / "falcon-e"  # a source checkout
+        return [installed]
+    examples = Path(__file__).resolve().parents[3] / "examples"  # a source checkout
+    return [examples / "falcon-e", examples / "convert"]

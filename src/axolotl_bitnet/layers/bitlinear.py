@@ -34,6 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from .gathered_weight import GatheredWeight
+from .stretch import unstretched
 from .weight_codes import dequantized_weight, ternarize, transposed_codes
 
 _GRADIENT_FLOOR = 1e-30  # of a mean over many tokens, gradients lie far below the floor of activations
@@ -52,9 +53,13 @@ class BitLinear(nn.Linear):
     ramp: Tensor | None = None
     """lambda < 1, float32 (), written to in place; set by :func:`axolotl_bitnet.training.ramp.set_ramp`."""
 
+    stretch: Tensor | None = None
+    """alpha and k, float32 (2,), where a ramp begins at another matrix than the latents
+    (:mod:`axolotl_bitnet.layers.stretch`)."""
+
     def forward(self, input: Tensor) -> Tensor:
         if self.ramp is not None:
-            return ramped_linear(input, self.weight, self.bias, self.ramp)
+            return ramped_linear(input, self.weight, self.bias, self.ramp, self.stretch)
         return bitlinear(input, self.weight, self.bias, self.int8_grad)
 
 
@@ -109,8 +114,12 @@ class _BitLinear(torch.autograd.Function):
         return dx, None, None, dw, db, None, None
 
 
-def ramped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ramp: Tensor) -> Tensor:
+def ramped_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ramp: Tensor, stretch: Tensor | None = None
+) -> Tensor:
     """:func:`bitlinear` part of the way from a dense layer (ramp 0) to the ternary one (1).
+
+    The dense layer has the latents for its weight, or what they were before they were stretched.
 
     Raises:
         RuntimeError: the weight was gathered as codes; there are no latents to mix them with.
@@ -120,7 +129,8 @@ def ramped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ramp: Tensor) 
     dtype = compute_dtype(x)
     with no_autocast(x):
         codes, r = shared_activation_codes(x, dtype)
-        return _Ramped.apply(x, codes, r, weight, bias, ramp.to(x.device), dtype)
+        stretch = None if stretch is None else stretch.to(x.device)
+        return _Ramped.apply(x, codes, r, weight, bias, ramp.to(x.device), stretch, dtype)
 
 
 class _Ramped(torch.autograd.Function):
@@ -133,33 +143,37 @@ class _Ramped(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         ramp: Tensor,
+        stretch: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
         _, _, g = ternarize(weight)
-        ctx.save_for_backward(x, codes_x, r, weight, ramp)
+        ctx.save_for_backward(x, codes_x, r, weight, ramp, stretch)
         ctx.g, ctx.dtype = g, dtype
         mixed = _mixed_activations(x, codes_x, r, ramp, dtype)
         bias = None if bias is None else bias.to(dtype)
-        return nn.functional.linear(mixed, _mixed_weight(weight, g, ramp, dtype), bias)
+        return nn.functional.linear(mixed, _mixed_weight(weight, g, ramp, stretch, dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, codes_x, r, weight, ramp = ctx.saved_tensors
-        needs_x, _, _, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        x, codes_x, r, weight, ramp, stretch = ctx.saved_tensors
+        needs_x, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         dx = dw = db = None
         with no_autocast(dy):
             if needs_x:
-                dx = (dy @ _mixed_weight(weight, ctx.g, ramp, dy.dtype)).to(x.dtype)
+                dx = (dy @ _mixed_weight(weight, ctx.g, ramp, stretch, dy.dtype)).to(x.dtype)
             if needs_weight:
                 dw = weight_gradient(dy, _mixed_activations(x, codes_x, r, ramp, ctx.dtype), weight.dtype)
             if needs_bias:
                 db = dy.flatten(0, -2).sum(0) if dy.dim() > 1 else dy
-        return dx, None, None, dw, db, None, None
+        return dx, None, None, dw, db, None, None, None
 
 
-def _mixed_weight(weight: Tensor, g: Tensor, ramp: Tensor, dtype: torch.dtype) -> Tensor:
-    return _mix(weight, dequantized_weight(weight, g, torch.float32), ramp, dtype)
+def _mixed_weight(
+    weight: Tensor, g: Tensor, ramp: Tensor, stretch: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    before = weight if stretch is None else unstretched(weight, stretch)
+    return _mix(before, dequantized_weight(weight, g, torch.float32), ramp, dtype)
 
 
 def _mixed_activations(x: Tensor, codes: Tensor, r: Tensor, ramp: Tensor, dtype: torch.dtype) -> Tensor:

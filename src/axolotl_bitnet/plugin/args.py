@@ -75,6 +75,31 @@ class BitNetConfig(BaseModel):
             "description": "Steps from the dense model to the ternary one, for bases that were never ternary."
         },
     )
+    teacher: str | None = Field(
+        default=None,
+        min_length=1,
+        json_schema_extra={
+            "description": "A frozen dense model whose answers are learned: base, or a path or hub name."
+        },
+    )
+    teacher_temperature: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        json_schema_extra={"description": "Temperature of both softmaxes in the teacher's loss."},
+    )
+    teacher_weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        json_schema_extra={"description": "Weight of the teacher's loss; the rest is cross-entropy."},
+    )
+    start: Literal["base", "stretch"] = Field(
+        default="base",
+        json_schema_extra={
+            "description": "Latents to begin with: the base's weights, or those fitted to the ternary grid."
+        },
+    )
     monitor: bool = Field(
         default=True,
         json_schema_extra={

@@ -1,4 +1,4 @@
-"""The callbacks of a ternary run: ramp, monitor, and what FSDP2 gathers."""
+"""The callbacks of a ternary run: start, teacher, ramp, monitor, and what FSDP2 gathers."""
 
 from __future__ import annotations
 
@@ -9,22 +9,40 @@ import torch
 
 from ..training.log import info
 from .args import BitNetConfig
+from .teacher import load_teacher
 
 
-def watch(cfg: Any, trainer: Any, options: BitNetConfig, resumed: Path | None) -> list[Any]:
-    """The callbacks of a run's ramp and monitor; what they have to say goes into the trainer's log."""
+def watch(
+    cfg: Any, trainer: Any, options: BitNetConfig, resumed: Path | None, record: dict[str, Any]
+) -> list[Any]:
+    """The callbacks of a run's start, teacher, ramp and monitor, in the order in which they begin; their
+    figures go into the trainer's log. ``record`` is what checkpoints keep of the run."""
     from ..training.monitor.callback import Monitor
     from ..training.ramp import RampSchedule
+    from ..training.stretch import Stretch
+    from ..training.teacher import Teaching, log_teacher_loss
     from ..training.trainer_evaluation import log_ternary_loss
     from ..training.trainer_log import log_through  # transformers: not where a config is only checked
 
     callbacks: list[Any] = []
+    figures: list[Any] = []
+    if options.start == "stretch":
+        callbacks.append(Stretch(trainer, cfg.sequence_len or 2048, record))
+    if options.teacher:
+        teacher = load_teacher(cfg, options, trainer)
+        log_teacher_loss(trainer, teacher)
+        callbacks.append(Teaching(teacher))
+        figures.append(teacher)
     if options.ramp_steps:
-        callbacks.append(RampSchedule(options.ramp_steps))
+        ramp = RampSchedule(options.ramp_steps)
         log_ternary_loss(trainer)
+        callbacks.append(ramp)
+        figures.append(ramp)
     if options.monitor:
-        callbacks.append(Monitor(resumed, torch.float32 if cfg.deepspeed else None))  # its masters' dtype
-    log_through(trainer, *callbacks)
+        monitor = Monitor(resumed, torch.float32 if cfg.deepspeed else None)  # its masters' dtype
+        callbacks.append(monitor)
+        figures.append(monitor)
+    log_through(trainer, *figures)
     return callbacks
 
 

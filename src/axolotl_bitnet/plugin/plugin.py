@@ -45,8 +45,8 @@ from .resume import (
     settle,
 )
 from .run_log import RunLog, given, report_run
+from .teacher import check_teacher, start_of
 from .upstream.fsdp2_offload import connect_for_offload
-from .upstream.kd_collator import keep_packed_apart
 from .upstream.save_once import save_once
 from .upstream.sdpa_varlen import ask_once_a_batch
 from .upstream.trl_reference import refuse_dense_judges, refuse_dense_reference, settle_reference
@@ -67,6 +67,7 @@ class BitNetPlugin(BasePlugin):
         self._resumed: Path | None = None
         self._repository: Repository | None = None
         self._config: dict[str, Any] = {}
+        self._settings: dict[str, Any] = {}
 
     def register(self, cfg: Any) -> None:
         self._config = given(cfg)  # later hooks see defaults, and rates multiplied
@@ -95,6 +96,7 @@ class BitNetPlugin(BasePlugin):
             return
         options = _options(cfg)
         check_base(cfg, options.skip_modules, options.export)
+        check_teacher(cfg, options)
         if warning := lost_head(cfg):
             warn(warning)
         refuse_taken(cfg.output_dir, options.export)
@@ -160,15 +162,17 @@ class BitNetPlugin(BasePlugin):
                 self._prepare_latents(cfg, model, self._reference)
         base = local_folder(cfg)
         entry = getattr(model.config, CONFIG_KEY)
-        settings = settings_of(_options(cfg), entry, rounds_stochastically(cfg))
-        return [TernaryRun(settings, str(base) if base else None), RunLog(self._config)]
+        self._settings = settings_of(_options(cfg), entry, rounds_stochastically(cfg))
+        if _options(cfg).start == "stretch":
+            self._settings["stretch"] = start_of(cfg, self._resumed)
+        return [TernaryRun(self._settings, str(base) if base else None), RunLog(self._config)]
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         if not cfg.use_onebitllms:
             return []
         if cfg.rl and self._reference is None:  # where Axolotl trains, it has loaded one by now
             refuse_dense_reference(cfg, trainer)
-        callbacks = watch(cfg, trainer, _options(cfg), self._resumed)
+        callbacks = watch(cfg, trainer, _options(cfg), self._resumed, self._settings)
         if cfg.deepspeed:
             return callbacks
         if cfg.fsdp_config:  # a ramp ends before codes are gathered
@@ -188,8 +192,6 @@ class BitNetPlugin(BasePlugin):
             resume_epochs(trainer)
         if rounds_stochastically(cfg):
             seed_the_rounding(trainer)
-        if cfg.kd_trainer and cfg.sample_packing:
-            keep_packed_apart(trainer)
         loaded, self._reference = self._reference, None
         reference = settle_reference(trainer, loaded)
         refuse_dense_judges(trainer)

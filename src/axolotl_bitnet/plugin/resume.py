@@ -35,6 +35,7 @@ _WHY = {
     "learning_rate_multiplier": "the rates come out of the checkpoint, and the change would have no effect",
     "learning_rate_scope": "the optimizer's groups come out of the checkpoint",
     "ramp_steps": "lambda follows the steps that are done, and would jump",
+    "start": "latents are what their start made of them",
 }
 
 
@@ -150,7 +151,7 @@ def refuse_other_run(checkpoint: Path, options: BitNetConfig, rounding: bool = F
         if then.get(key, defaults.get(key)) != now.get(key)
     ]
     if bool(saved.get(_ROUNDING)) != rounding:
-        was, is_now = ("to nearest", "stochastically") if rounding else ("stochastically", "to nearest")
+        was, is_now = ("nearest", "stochastically") if rounding else ("stochastically", "nearest")
         changed.append(f"bfloat16 updates were rounded {was} and are now rounded {is_now} (optim_args)")
     if changed:
         raise ResumeError(

@@ -1,4 +1,4 @@
-"""Evaluation during a ramp: at the lambda that trains and fully ternary, in one entry of the log.
+"""Second evaluations. During a ramp: at the lambda that trains and fully ternary, in one entry of the log.
 
 Changes ``Trainer.evaluation_loop`` of transformers (run on 5.16 and 5.20), in runs with a ramp. Without that
 name only the loss at the lambda that trains is logged, and a warning says so. Tests: tests/test_ramp_use.py,
@@ -8,6 +8,7 @@ tests/test_upstream_names.py.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -37,13 +38,20 @@ def log_ternary_loss(trainer: Any) -> None:
         return output
 
     def evaluate_ternary(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Trainers gather figures of their own on the way; they are to be of the model that trains.
-        gathered = [vars(trainer).get(name) for name in ("_metrics", "_stored_metrics")]
-        kept = [(held, copy.deepcopy(held["eval"])) for held in gathered if held and "eval" in held]
         with fully_ternary(trainer.model):
-            ternary = evaluation_loop(*args, **(kwargs | {"prediction_loss_only": True}))
-        for held, figures in kept:
-            held["eval"] = figures
-        return ternary
+            return evaluate_apart(trainer, evaluation_loop, args, kwargs)
 
     trainer.evaluation_loop = evaluate_both
+
+
+def evaluate_apart(
+    trainer: Any, evaluation_loop: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A second evaluation, of another model than the one that trains, for its loss alone: the figures that
+    trainers gather on the way stay those of the first."""
+    gathered = [vars(trainer).get(name) for name in ("_metrics", "_stored_metrics")]
+    kept = [(held, copy.deepcopy(held["eval"])) for held in gathered if held and "eval" in held]
+    output = evaluation_loop(*args, **(kwargs | {"prediction_loss_only": True}))
+    for held, figures in kept:
+        held["eval"] = figures
+    return output

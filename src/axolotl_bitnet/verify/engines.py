@@ -11,7 +11,6 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,61 +29,34 @@ class Outputs:
     prompt: int
 
 
-class LlamaCpp:
-    """A GGUF file in llama.cpp's server, on the CPU and a port of this machine's own: token ids come by HTTP
-    only.
-
-    Raises:
-        ImportError: xllamacpp is not installed.
-    """
-
-    def __init__(self, file: Path, context: int, threads: int | None = None) -> None:
-        """
-        Args:
-            file: the model.
-            context: the longest text, in tokens.
-            threads: how many; None leaves it to llama.cpp.
-        """
-        try:
-            import xllamacpp
-        except ImportError:
-            raise ImportError("needs llama.cpp: pip install xllamacpp") from None
-
-        settings = xllamacpp.CommonParams()
-        settings.model.path = str(file)
-        settings.n_ctx, settings.n_parallel, settings.n_gpu_layers, settings.verbosity = context, 1, 0, 0
-        settings.warmup = settings.fit_params = False
-        if threads is not None:
-            settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-        self._server = xllamacpp.Server(settings)
-        self._local = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    def post(self, path: str, **body: Any) -> Any:
-        """The server's answer to a request."""
-        request = urllib.request.Request(
-            self._server.listening_address + path,
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with self._local.open(request) as answer:
-            return json.load(answer)
-
-    def greedy(self, ids: list[int], count: int) -> list[int]:
-        """The tokens that follow."""
-        answer = self.post("/completion", prompt=ids, n_predict=count, temperature=0, return_tokens=True)
-        return list(answer["tokens"])
-
-
 def run_llama_cpp(file: Path, batches: list[Tensor]) -> list[Outputs]:
-    """Greedy tokens of a GGUF file; llama.cpp's server tells no logits.
+    """Greedy tokens of a GGUF file, on the CPU; llama.cpp's server tells no logits.
 
     Raises:
         ImportError: xllamacpp is not installed.
     """
-    server = LlamaCpp(file, max(batch.shape[1] for batch in batches) + TOKENS + 8)
+    try:
+        import xllamacpp
+    except ImportError:
+        raise ImportError("needs llama.cpp: pip install xllamacpp") from None
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(file)
+    settings.n_ctx = max(batch.shape[1] for batch in batches) + TOKENS + 8
+    settings.n_parallel, settings.n_gpu_layers, settings.verbosity = 1, 0, 0
+    settings.warmup = settings.fit_params = False
+    server = xllamacpp.Server(settings)  # on a port of this machine's own; token ids come by HTTP only
+    local = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     results = []
     for batch in batches:
-        tokens = torch.tensor([server.greedy(batch[0].tolist(), TOKENS)], dtype=batch.dtype)
+        wish = {"prompt": batch[0].tolist(), "n_predict": TOKENS, "temperature": 0, "return_tokens": True}
+        request = urllib.request.Request(
+            f"{server.listening_address}/completion",
+            data=json.dumps(wish).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with local.open(request) as answer:
+            tokens = torch.tensor([json.load(answer)["tokens"]], dtype=batch.dtype)
         results.append(Outputs(torch.cat([batch, tokens], dim=1), None, batch.shape[1]))
     return results
 

@@ -15,6 +15,7 @@ from .preference import preference_refusals
 from .ramp import ramp_refusals
 from .rounding import rounding_refusals, rounds_stochastically
 from .sharding import fsdp_refusals, launch_refusal, sharding_refusals
+from .teacher import teacher_refusals
 
 __all__ = ["fsdp_refusals", "launch_refusal", "refusals", "rounds_stochastically"]
 
@@ -28,5 +29,6 @@ def refusals(cfg: Mapping[str, Any]) -> list[str]:
         command_refusals,
         ramp_refusals,
         rounding_refusals,
+        teacher_refusals,
     )
     return [sentence for rule in rules for sentence in rule(cfg)]

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .teacher import teacher_fsdp_refusals
+
 
 def sharding_refusals(cfg: Mapping[str, Any]) -> list[str]:
     """Why the parallelism of this ternary config cannot work: sentences, empty when it can."""
@@ -19,7 +21,7 @@ def sharding_refusals(cfg: Mapping[str, Any]) -> list[str]:
             "weight's scale; where the input is split, a maximum for each token's; partial products added as "
             "integers.) Use FSDP2 (`dp_shard_size`) instead"
         )
-    return found + _deepspeed_refusals(cfg) + _distillation_refusals(cfg)
+    return found + _deepspeed_refusals(cfg)
 
 
 def fsdp_refusals(cfg: Mapping[str, Any]) -> list[str]:
@@ -37,6 +39,7 @@ def fsdp_refusals(cfg: Mapping[str, Any]) -> list[str]:
         )
     if not sharded:
         return found
+    found += teacher_fsdp_refusals(options)
     if options.get("latent_dtype") == "bfloat16":
         found.append(
             "`bitnet.latent_dtype: bfloat16` under FSDP1, where accelerate makes every trainable weight "
@@ -59,26 +62,6 @@ def launch_refusal(cfg: Mapping[str, Any], environment: Mapping[str, str]) -> st
         "CPU remove `fsdp_version`, `fsdp_config` and `accelerator_config`, and set "
         "`gradient_checkpointing: true`; or keep them and add `--launcher torchrun`"
     )
-
-
-def _distillation_refusals(cfg: Mapping[str, Any]) -> list[str]:
-    """Axolotl's distillation loss reads the head's weight after the forward pass: it must be there, whole."""
-    if not cfg.get("kd_trainer"):
-        return []
-    sharding = cfg.get("fsdp_config")
-    zero = _mapping((_read(cfg.get("deepspeed")) or {}).get("zero_optimization"))
-    resharded = sharding and (
-        _mapping(sharding).get("reshard_after_forward") is not False or str(cfg.get("fsdp_version")) == "1"
-    )
-    if not resharded and str(zero.get("stage")) != "3":
-        return []
-    sharding_name, instead = "ZeRO-3", "ZeRO-2"
-    if resharded:
-        sharding_name, instead = "FSDP", "FSDP2 with `reshard_after_forward: false`"
-    return [
-        f"`kd_trainer` under {sharding_name}: Axolotl's distillation loss reads `lm_head.weight` outside the "
-        f"model's forward, where it is a shard. Train on one GPU or with DDP, or use {instead}"
-    ]
 
 
 def _deepspeed_refusals(cfg: Mapping[str, Any]) -> list[str]:

@@ -254,13 +254,6 @@ def test_a_trainer_whose_reference_cannot_be_replaced(gone: str, tmp_path: Path)
         settle_reference(trainer(tmp_path, ref_model=nn.Linear(2, 2), **names), loaded)
 
 
-def test_a_kd_trainer_without_a_collator(tmp_path: Path) -> None:
-    from axolotl_bitnet.plugin.upstream.kd_collator import keep_packed_apart
-
-    with pytest.raises(RuntimeError, match=r"has no data_collator.*Set `sample_packing: false`"):
-        keep_packed_apart(trainer(tmp_path))
-
-
 def test_an_axolotl_that_connects_processes_otherwise(
     monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:

@@ -1,0 +1,195 @@
+"""What makes a dense model a good ternary one: recipes at equal tokens, and the gap against tokens.
+
+    python experiments/convert.py recipes MODEL DATA --out recipes.csv  # 400 steps, King James Bible
+    python experiments/convert.py tokens MODEL DATA --out tokens.csv    # documentation, a curve
+
+MODEL is a folder with SmolLM2-135M-Instruct as GGUF (Q4_1: the base of all figures is that 4-bit model),
+DATA what convert_data.py wrote. Runs are spread over all GPUs, ``--each`` processes on one; a row is written
+when a run has ended, and a run whose row is there is not run again. ``--seconds`` is a limit: no run begins
+that would outlast it, and what runs then is killed.
+On a CPU: ``--small`` (a random model of two layers, a few steps).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from convert_train import Run, free, load_lab, read_base, train
+from shared import append_csv, read_csv
+
+PLAIN = Run()
+TAUGHT = Run(teacher="base")
+BEST = replace(TAUGHT, start="stretch", lr=2e-3)  # the recipe's defaults
+DOCS = 25_000_000 // 8192 * 8192
+
+RECIPES: dict[str, Run] = {
+    "dense": Run(ternary=False, ramp=0.0, lr=5e-5),
+    "best": BEST,
+    "ramp": PLAIN,
+    "taught": TAUGHT,
+    "best-ramp0": replace(BEST, ramp=0.0),
+    "best-ramp30": replace(BEST, ramp=0.3),
+    "best-lr1e-3": replace(BEST, lr=1e-3),
+    "best-lr3e-3": replace(BEST, lr=3e-3),
+    "best-tuned": replace(BEST, teacher="tuned"),
+    "best-lacking": replace(BEST, start="lacking"),
+    "best-no-stretch": replace(BEST, start=""),
+    "best-muon": replace(BEST, optimizer="muon", lr=3e-3),
+    "best-4k": replace(BEST, batch=4),
+    "best-half-ce": replace(BEST, weight=0.5),
+    "best-soft": replace(BEST, soft=True, start="", ramp=0.6),
+    "best-ce-first": replace(BEST, ce_first=0.5),
+    "best-T2": replace(BEST, temperature=2.0),
+    "ramp-stretch-lr2e-3": replace(PLAIN, start="stretch", lr=2e-3),
+    "best-ce0.1": replace(BEST, weight=0.9),
+    "best-lr5e-3": replace(BEST, lr=5e-3),
+    "best-tuned-4k": replace(BEST, teacher="tuned", batch=4),
+    "best-16x4k-30": replace(BEST, batch=4, ramp=0.3),
+    "best-muon-4k": replace(BEST, optimizer="muon", lr=3e-3, batch=4),
+    "best-muon-1e-2": replace(BEST, optimizer="muon", lr=1e-2),
+}
+TOKENS: dict[str, Run] = {
+    "docs-best": replace(BEST, data="docs", tokens=DOCS),
+    "docs-ramp": replace(PLAIN, data="docs", tokens=DOCS),
+    "docs-dense": replace(RECIPES["dense"], data="docs", tokens=DOCS),
+}
+
+FIGURES = (
+    "before", "held_out", "accuracy", "agreement", "written", "loss", "flips", "zeros", "steps", "ms_step",
+    "prepare_s", "seconds", "device", "error",
+)  # fmt: skip
+COLUMNS = ("run", *(field.name for field in fields(Run)), *FIGURES)
+POINTS = ("run", "step", "tokens", "held_out", "accuracy", "agreement", "written", "loss")
+SMALL = 3
+
+
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
+
+
+def work(args: argparse.Namespace, runs: dict[str, Run]) -> int:
+    """A process: its runs one after another, while there is time."""
+    torch.set_num_threads(args.threads)
+    torch._dynamo.config.recompile_limit = 256
+    lab = load_lab(args.work / "base", args.data, args.work, args.compiled, args.small)
+    for name, run in runs.items():
+        if args.small:
+            run = replace(run, length=64, batch=min(run.batch, 2), tokens=SMALL * 64 * min(run.batch, 2))
+        if time.time() + args.expect > args.until:
+            print("no time for", name, flush=True)
+            continue
+        while run.teacher == "tuned" and not (args.work / "tuned.pt").exists():
+            time.sleep(0.5)
+        began = time.monotonic()
+        row: dict[str, Any] = {}
+        every = 2_000_000 if args.table == "tokens" else 0
+        for compiled in (True, False) if lab.compiled else (False,):
+            lab.compiled = compiled
+            try:
+                row, model = train(lab, run, every, partial(add_point, args, name) if every else None)
+                row.pop("error", None)
+                break
+            except Exception as error:
+                traceback.print_exc()
+                row = {"error": f"{type(error).__name__}: {error}"[:200].replace("\n", " ")}
+        if "error" not in row:
+            if name == "dense":
+                torch.save(model.state_dict(), args.work / "tuned.part")
+                (args.work / "tuned.part").replace(args.work / "tuned.pt")
+            if args.keep and name.startswith(tuple(args.keep.split(","))):
+                model.save_pretrained(args.work / name)
+            del model
+        row |= {"steps": run.steps, "seconds": time.monotonic() - began}
+        row["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        append_csv(args.out, COLUMNS, [rounded({"run": name, **asdict(run), **row})])
+        print(json.dumps(rounded({"run": name, "seed": run.seed, **row})), flush=True)
+        free()
+        if "CUDA" in row.get("error", ""):
+            return 3
+    return 0
+
+
+def add_point(args: argparse.Namespace, name: str, point: dict[str, Any]) -> None:
+    path = args.out.with_name(f"{args.out.stem}_curve.csv")
+    append_csv(path, POINTS, [rounded({"run": name, **{key: point.get(key, "") for key in POINTS[1:]}})])
+
+
+def plan(args: argparse.Namespace) -> dict[str, Run]:
+    """By a name of its own each run that is asked for, seeds after the first marked in the name."""
+    table = RECIPES if args.table == "recipes" else TOKENS
+    for text in args.define:  # NAME:OTHER:key=value,...
+        name, other, settings = text.split(":")
+        kinds = {field.name: type(field.default) for field in fields(Run)}
+        changed = {}
+        for pair in filter(None, settings.split(",")):
+            key, value = pair.split("=")
+            changed[key] = json.loads(value) if kinds[key] is bool else kinds[key](value)
+        table[name] = replace({**RECIPES, **TOKENS}[other], **changed)
+    found = {}
+    for asked in (args.runs or ",".join(table)).split(","):
+        name, _, seed = asked.partition("@")
+        found[asked] = replace(table[name], seed=int(seed or 1))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=("recipes", "tokens"))
+    parser.add_argument("model", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("convert-work"))
+    parser.add_argument("--out", type=Path, default=Path("convert.csv"))
+    parser.add_argument("--runs", default="", help="NAME or NAME@SEED, separated by commas; default: all")
+    parser.add_argument("--define", action="append", default=[], metavar="NAME:LIKE:key=value,...")
+    parser.add_argument("--keep", default="", help="save the models of runs that begin so, in --work")
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--expect", type=float, default=40, help="seconds of a run, for that limit")
+    parser.add_argument("--each", type=int, default=2, help="processes on one GPU")
+    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--compiled", type=int, default=1)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)  # of a worker
+    args = parser.parse_args()
+    runs = plan(args)
+    if args.until:
+        return work(args, runs)
+    done = {row["run"] for row in read_csv(args.out) if not row["error"]} if args.out.exists() else set()
+    waiting = [name for name in runs if name not in done]
+    read_base(args.model, args.work)
+    until = time.time() + args.seconds
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = seen.split(",") if seen else [str(index) for index in range(torch.cuda.device_count() or 1)]
+    slots = len(gpus) * args.each
+    processes = []
+    for slot in range(min(slots, len(waiting))):
+        rest = sys.argv[1:]  # of an option given twice, the last holds
+        command = [
+            sys.executable,
+            __file__,
+            *rest,
+            f"--runs={','.join(waiting[slot::slots])}",
+            f"--until={until}",
+        ]
+        gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
+        processes.append(subprocess.Popen(command, env=os.environ | gpu))
+    while any(process.poll() is None for process in processes):
+        time.sleep(0.2)
+        if time.time() > until:
+            for process in processes:
+                process.kill()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -58,7 +58,7 @@ def test_our_own(run: Path, trained: Fingerprint, name: str) -> None:
         pytest.skip("needs the gguf package")
     kind, detail, bits = EXPECTED[name]
     found = inspect(run if name == "latents" else run / FORMATS[name].path)
-    assert found.kind == kind and detail in found.detail
+    assert found.kind == kind and detail in found.detail and found.unplaced == []
     assert {layer.name: (layer.shape, layer.scale) for layer in found.layers} == {
         layer: (entry.shape, entry.scale) for layer, entry in trained.tensors.items()
     }

@@ -141,6 +141,10 @@ def _show_inspection(found: Inspection, each: bool) -> None:
     show(table)
     if not each and len(groups) < len(found.layers):
         click.echo("--layers shows each layer")
+    if found.unplaced:
+        click.echo(f"not loaded: {len(found.unplaced)} tensors that its architecture has no place for:")
+    for name in found.unplaced:
+        click.echo(f"  {name}")
     for line in found.refused:
         click.echo(f"refused: {line}")
 

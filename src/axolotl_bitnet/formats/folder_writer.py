@@ -9,7 +9,7 @@ it renames on loading, is compared as far as the names agree.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -162,7 +162,7 @@ def require_shapes(source: TernaryCheckpoint) -> None:
     Raises:
         CheckpointError: a tensor has another shape, or is missing.
     """
-    model = _model_of(source.config)
+    model = model_of(source.config)
     if model is None:
         return
     config = source.companions / "config.json"
@@ -176,15 +176,20 @@ def require_shapes(source: TernaryCheckpoint) -> None:
             )
     if not source.entries.keys() <= model.state_dict().keys():
         return  # saved under other names
-    there = {id(parameters[key]) for key in source.entries if key in parameters}  # tied ones are one object
-    missing = [key for key, parameter in parameters.items() if id(parameter) not in there]
-    if missing:
+    if missing := absent_parameters(model, source.entries):
         raise CheckpointError(
             f"{source.folder} has no '{missing[0]}', which a model of {config} has: save the model again"
         )
 
 
-def _model_of(config: dict[str, Any]) -> nn.Module | None:
+def absent_parameters(model: nn.Module, stored: Collection[str]) -> list[str]:
+    """Names of a model's parameters that are not stored, nor tied to one that is."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    there = {id(parameters[key]) for key in stored if key in parameters}  # tied ones are one object
+    return [key for key, parameter in parameters.items() if id(parameter) not in there]
+
+
+def model_of(config: dict[str, Any]) -> nn.Module | None:
     """The model on the meta device; None if transformers has no such class, or the config is not enough."""
     import transformers
 

@@ -15,6 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from ..formats.config_json import recognize
 from ..formats.registry import FORMATS
 from ..formats.tied import repeats_embedding, says_tied
+from ..formats.unplaced import unplaced
 from ..model.layer_plan import ConversionError, plan_conversion
 from ..storage.atomic import CheckpointError, read_json
 from ..storage.safetensors_stream import CheckpointReader
@@ -108,6 +109,20 @@ def lost_head(cfg: Any) -> str | None:
         "embedding. Loading ties the two, and that head is lost. To train with it, set tie_word_embeddings "
         "to false in the base's config.json"
     )
+
+
+def unplaced_tensors(cfg: Any) -> list[str]:
+    """Names of the base's tensors that the model which Axolotl builds of it has no place for."""
+    folder = local_folder(cfg)
+    if folder is None or cfg.reinit_weights:
+        return []
+    try:
+        config, stored = read_json(folder / "config.json"), CheckpointReader(folder).entries
+    except CheckpointError:
+        return []  # no safetensors, or Axolotl reports it better
+    if cfg.trust_remote_code and "auto_map" in config:
+        return []  # the model is built by the base's own code
+    return unplaced(config, stored)
 
 
 def local_folder(cfg: Any) -> Path | None:

@@ -13,7 +13,9 @@ from huggingface_hub import ModelCard
 
 from ..formats.format import WayToRun
 from ..formats.registry import FORMATS
-from ..run_folder import CARD, RUN_FILE
+from ..formats.unplaced import KEY, note_of
+from ..run_folder import CARD, RUN_FILE, RUN_LOG
+from ..storage.atomic import CheckpointError, read_json
 
 _BEGIN, _END = "<!-- axolotl-bitnet: begin -->", "<!-- axolotl-bitnet: end -->"
 _OURS = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTALL)
@@ -55,6 +57,8 @@ def _section(output_dir: Path, artifacts: Sequence[str], repository: str | None)
         "|---|---|",
         *(f"| `{FORMATS[name].path}` | {FORMATS[name].title} |" for name in artifacts),
     ]
+    if note := _unplaced(output_dir):
+        lines += ["", f"{note}."]
     if repository:
         folders = dict.fromkeys(FORMATS[name].folder for name in artifacts)
         includes = " ".join(f"--include '{folder}/*'" for folder in folders)
@@ -73,6 +77,14 @@ def _section(output_dir: Path, artifacts: Sequence[str], repository: str | None)
         "```",
     ]
     return "\n".join(lines)
+
+
+def _unplaced(output_dir: Path) -> str | None:
+    """What the run wrote down of tensors that it did not load."""
+    try:
+        return note_of(read_json(output_dir / RUN_LOG).get(KEY))
+    except CheckpointError:
+        return None
 
 
 def _way(way: WayToRun) -> list[str]:

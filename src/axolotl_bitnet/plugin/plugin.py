@@ -16,6 +16,7 @@ import torch
 from axolotl.integrations.base import BasePlugin
 
 from ..formats.config_json import recognize
+from ..formats.unplaced import note_of
 from ..model.convert import convert_to_bitlinear
 from ..model.fingerprint import Fingerprint, fingerprint_model
 from ..model.layer_plan import CONFIG_KEY
@@ -31,7 +32,7 @@ from ..training.trainer_epoch import resume_epochs
 from ..training.trainer_save import forget_before_saving
 from .args import BitNetConfig
 from .artifacts import refuse_taken, set_aside
-from .base_model import check_base, holds_latents, local_folder, lost_head
+from .base_model import check_base, holds_latents, local_folder, lost_head, unplaced_tensors
 from .callbacks import gathering, watch
 from .finish import export_run
 from .hub import Repository, repository_of
@@ -165,7 +166,10 @@ class BitNetPlugin(BasePlugin):
         self._settings = settings_of(_options(cfg), entry, rounds_stochastically(cfg))
         if _options(cfg).start == "stretch":
             self._settings["stretch"] = start_of(cfg, self._resumed)
-        return [TernaryRun(self._settings, str(base) if base else None), RunLog(self._config)]
+        unplaced = unplaced_tensors(cfg)  # the base is on this machine by now
+        if warning := note_of(unplaced):
+            warn(warning)
+        return [TernaryRun(self._settings, str(base) if base else None), RunLog(self._config, unplaced)]
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         if not cfg.use_onebitllms:

@@ -6,13 +6,14 @@ A report is for people to read: whatever goes wrong with it is logged, and the r
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from ..formats.unplaced import KEY
 from ..report import ReportError, write_report
 from ..report.record import begun, now
 from ..run_folder import RUN_LOG
@@ -38,14 +39,17 @@ class RunLog(TrainerCallback):
 
     Args:
         config: as the user gave it.
+        unplaced: tensors of the base that were not loaded (:mod:`~axolotl_bitnet.formats.unplaced`).
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], unplaced: Sequence[str] = ()) -> None:
         self.config = config
+        self.unplaced = list(unplaced)
         self._record: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._record = begun(self.config, args.world_size, state.global_step or None)
+        self._record[KEY] = self.unplaced
         self._write(args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from ..formats.registry import FORMATS
+from ..formats.unplaced import KEY, note_of
 from ..storage.safetensors_stream import weight_bytes
 from .draw import show
 from .run_files import Run, number
@@ -138,6 +139,12 @@ def facts(run: Run) -> dict[str, str]:
     if run.log_from:
         found["log read from"] = run.log_from
     return {key: value for key, value in found.items() if value}
+
+
+def unloaded(run: Run) -> list[str]:
+    """Tensors of the base that the run did not load, in a sentence, if there are any."""
+    note = note_of(run.record.get(KEY))
+    return [f"{note}."] if note else []
 
 
 def mebibytes(size: float) -> str:

@@ -13,7 +13,7 @@ from ..run_folder import PAGE, REPORT
 from ..storage.atomic import whole_folder
 from .charts import Chart, Grid, Series, charts, grids, others
 from .draw import COLOURS, png, show, svg
-from .facts import artifacts, commands, facts, summary, tiles, verdict
+from .facts import artifacts, commands, facts, summary, tiles, unloaded, verdict
 from .run_files import ReportError, Run, TrainedLayer, read_run
 
 _NEEDED = {"jinja2": "jinja2", "matplotlib": "matplotlib", "yaml": "PyYAML"}
@@ -80,7 +80,7 @@ def render(run: Run, pictures: Path) -> str:
         config=_yaml(run.config),
         facts=facts(run),
         others={key: _course(values) for key, values in sorted(others(run.log).items())},
-        notes=[*run.notes, *_not_finite(curves)],
+        notes=[*unloaded(run), *run.notes, *_not_finite(curves)],
     )
 
 

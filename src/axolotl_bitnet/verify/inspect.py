@@ -17,6 +17,7 @@ from ..formats.export import open_checkpoint
 from ..formats.gguf.reader import GGUFCheckpoint
 from ..formats.registry import FORMATS
 from ..formats.third_party import multiplies
+from ..formats.unplaced import unplaced
 from ..model.convert import convert_to_bitlinear
 from ..model.layer_plan import CONFIG_KEY, ConversionError, Plan
 from ..model.names import first_few, natural_order
@@ -43,6 +44,7 @@ class Inspection:
         bytes: size of the weights now.
         packed_bytes: their size packed to 2 bits, everything else in bfloat16.
         refused: what cannot be done with it, and why.
+        unplaced: tensors that its architecture has no place for, and that loading passes over.
     """
 
     path: str
@@ -52,6 +54,7 @@ class Inspection:
     bytes: int = 0
     packed_bytes: int = 0
     refused: list[str] = field(default_factory=list)
+    unplaced: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.layers.sort(
@@ -104,7 +107,8 @@ def _artifact(path: Path, checkpoint: TernaryCheckpoint) -> Inspection:
         layers.append(ternary_layer(name, bits[checkpoint.keys[name]], *checkpoint.codes(name)))
     refused = [f"training: it is quantized ({kind}); `axolotl-bitnet restore` makes latents of it"]
     packed = _packed_size(checkpoint.entries.values(), ternary)
-    return Inspection(str(path), kind, detail, layers, size, packed, refused)
+    names = unplaced(checkpoint.config, checkpoint.entries)
+    return Inspection(str(path), kind, detail, layers, size, packed, refused, names)
 
 
 def _packed(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> Inspection:
@@ -138,7 +142,8 @@ def _packed(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> Ins
             ternary_layer(key.removesuffix(".weight"), 2.0, unpack_codes(reader.tensor(key)), scale)
         )
     size = sum(entry.nbytes for entry in entries.values())
-    return Inspection(str(path), "packed", detail, layers, size, size, refused)
+    names = unplaced(config, entries)
+    return Inspection(str(path), "packed", detail, layers, size, size, refused, names)
 
 
 def _floating(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> Inspection:
@@ -171,7 +176,8 @@ def _floating(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> I
             )
     size = sum(entry.nbytes for entry in entries.values())
     packed = _packed_size(entries.values(), set(keys))
-    return Inspection(str(path), kind, f"{detail}; {told}", layers, size, packed, refused)
+    names = unplaced(config, entries)
+    return Inspection(str(path), kind, f"{detail}; {told}", layers, size, packed, refused, names)
 
 
 def _kind_of(layers: list[Layer], ours: bool, several: list[str]) -> tuple[str, str]:

@@ -98,12 +98,12 @@ def test_command(document: str, command: str, workplace: Path, monkeypatch: pyte
         pytest.fail(f"{document} documents a command that no test runs: {command}")
 
 
-def test_python_of_the_readme_runs(workplace: Path, tiny_model: Callable[..., torch.nn.Module]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_python_without_axolotl_runs(workplace: Path, tiny_model: Callable[..., torch.nn.Module]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL)
     assert blocks
     for block in blocks:
         code = block.replace('"out', f'"{workplace}/readme')
-        exec(compile(code, "README.md", "exec"), {"model": tiny_model("Llama")})
+        exec(compile(code, "python.md", "exec"), {"model": tiny_model("Llama")})
 
 
 def test_python_of_the_kernels_page_runs(tiny_model: Callable[..., torch.nn.Module]) -> None:

@@ -42,7 +42,7 @@ lint: ## ruff (rules and format) on everything, mypy on the package
 	@$(call in,oldest) ruff check . && ruff format --check . && mypy
 
 test-vllm: ## serve the demo's packed model and others with vLLM on a CPU (after make demo; outside CI)
-	@environment=$$(scripts/vllm.sh) && PATH="$$environment/bin:$$PATH" && export PATH && set -x && python -m pytest -m '' tests/vllm $(ARGS)
+	@environment=$$(scripts/vllm.sh) && PATH="$$environment/bin:$$PATH" && export PATH && set -x && python -m pytest -m '' tests/with_vllm $(ARGS)
 
 demo: ## train a tiny ternary model (SFT, DPO), pack it, ask it: minutes on a CPU
 	@scripts/demo.sh

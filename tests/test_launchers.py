@@ -47,7 +47,7 @@ def assert_packed_once(text: str, output_dir: Path) -> None:
     said = [line for line in text.splitlines() if "[axolotl.bitnet]" in line]
     rates = [line for line in said if "learning rate:" in line]
     assert len(rates) == 1 and "base 0.001 x multiplier 10 = effective 0.01" in rates[0]
-    assert len([line for line in said if "packed" in line]) == 1
+    assert len([line for line in said if "MiB of latents are" in line]) == 1
     assert len([line for line in said if "verified:" in line]) == 1
     record = json.loads((output_dir / "bitnet.json").read_text())
     assert record["artifacts"]["packed"]["verified"] is True and (output_dir / "packed").is_dir()

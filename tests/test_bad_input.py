@@ -175,7 +175,7 @@ def test_damaged_source_costs_no_older_artifact(
     with pytest.raises(CheckpointError, match="NaN"):
         export(entry.name, source, out, overwrite=True)
     assert contents(tmp_path) == before
-    assert entry.open(out).fingerprint() == fingerprint_model(saved[0])
+    assert entry.format.open(out).fingerprint() == fingerprint_model(saved[0])
 
 
 @every_format
@@ -226,7 +226,7 @@ def test_truncated_artifact(entry: Row, cut: str, source: Path, tmp_path: Path) 
     size = path.stat().st_size
     os.truncate(path, {"one byte": size - 1, "half": size // 2, "all": 0}[cut])
     with pytest.raises(CheckpointError) as caught:
-        entry.open(out).fingerprint()
+        entry.format.open(out).fingerprint()
     assert str(path) in str(caught.value)
 
 

@@ -442,10 +442,10 @@ def test_what_is_asked_for_wrongly(latents: Path, file: Path, tmp_path: Path) ->
         export_gguf(latents, target, embeddings="q6_k")
     with pytest.raises(CheckpointError, match="is a folder"):
         export_gguf(latents, tmp_path, overwrite=True)
-    target.write_text("precious")
+    target.write_text("GGUF precious")
     with pytest.raises(CheckpointError, match=r"exists.*--overwrite"):
         export_gguf(latents, target)
-    assert target.read_text() == "precious"
+    assert target.read_text() == "GGUF precious"
     export_gguf(latents, target, overwrite=True)
     assert target.read_bytes() == file.read_bytes() and target.stat().st_mode & 0o777 == 0o644
 
@@ -492,11 +492,11 @@ def test_nothing_is_left_of_an_interrupted_file(
 
     original = module._stored
     monkeypatch.setattr(module, "_stored", fail)
-    (tmp_path / "model.gguf").write_text("precious")
+    (tmp_path / "model.gguf").write_text("GGUF precious")
     with pytest.raises(type(error)):
         export_gguf(latents, tmp_path / "model.gguf", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
-    assert (tmp_path / "model.gguf").read_text() == "precious"
+    assert (tmp_path / "model.gguf").read_text() == "GGUF precious"
 
 
 MEMORY = """

@@ -76,7 +76,7 @@ def test_without_its_scaling_of_rope_it_is_another_model(
 ) -> None:
     family, options = VARIANTS[variant]
     model = build(family, **options)
-    monkeypatch.setattr(metadata, "_rope_type", lambda rope: "default")
+    monkeypatch.setattr(metadata, "rope_type", lambda rope: "default")
     file = export_gguf(save(model, tmp_path / "latents"), tmp_path / "model.gguf")
     assert max(errors(model, file)) > 2 * OFF
 

@@ -83,12 +83,12 @@ def test_killed_at_random_moments(
         )
         assert contents(new) == latents
         try:
-            read = entry.open(out).fingerprint()
+            read = entry.format.open(out).fingerprint()
             found += 1
         except CheckpointError as error:
             assert not out.exists() and str(out) in str(error)
             if older:  # between the two renames: both are there under hidden names
-                hidden = [entry.open(path).fingerprint() for path in out.parent.glob(f".{out.name}.*")]
+                hidden = [entry.format.open(path).fingerprint() for path in out.parent.glob(f".{out.name}.*")]
                 assert trained_before in hidden and trained_now in hidden
         else:
             assert read == trained_now or (older and read == trained_before)

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
+from vllm import SamplingParams
 
 from axolotl_bitnet import load_packed, pack_checkpoint
 from axolotl_bitnet.serving.vllm import BitNetConfig, BitNetLinearMethod
@@ -26,7 +27,6 @@ from axolotl_bitnet.storage.atomic import read_json, write_json
 from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from support import TINY
 from support.llamas import build, save
-from vllm import SamplingParams
 
 Serve = Callable[..., Any]
 PROMPTS = [[(i * 37 % 500 + 3) % 512 for i in range(length)] for length in (2, 9, 40, 150)]

@@ -29,6 +29,7 @@ OFFLOAD = {"use_onebitllms": True, "fsdp_version": 2, "fsdp_config": {"offload_p
 def test_offloaded_weights_are_connected_by_cpus_too(
     change: dict[str, Any], connects: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as a launcher sets it
     calls = SimpleNamespace(count=0)
     monkeypatch.setattr(
         axolotl.utils.distributed,

@@ -78,8 +78,8 @@ def _with_bias(layer: BitLinear, bias: Tensor | None) -> BitLinear:
 
 
 def test_layers_left_dense_stay_dense(tiny_model: Any, tmp_path: Path) -> None:
-    model = trained(tiny_model, "partly dense")
-    folder = packed(model, tmp_path)
+    trained(tiny_model, "partly dense").save_pretrained(tmp_path / "latents")
+    folder = pack_checkpoint(tmp_path / "latents", tmp_path / "packed")
     found = load_packed(folder)
     assert type(found.get_submodule("model.layers.0.self_attn.q_proj")) is nn.Linear
     assert type(found.get_submodule("model.layers.1.self_attn.q_proj")) is PackedLinear

@@ -26,7 +26,7 @@ def study(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     yield type("study", (), dict(data=study_data, design=study_design, step=study_step, train=study_train))
     for name in ("study_data", "study_design", "study_step", "study_train", "shared"):
-        sys.modules.pop(name)
+        sys.modules.pop(name, None)
 
 
 def _batches(study: Any, vocabulary: int) -> Any:

@@ -77,6 +77,21 @@ def test_a_trainer_that_runs_epochs_otherwise(tmp_path: Path, said: list[str], r
     assert "has no Trainer._run_epoch as it is known here" in said.pop() and not said
 
 
+def test_a_trainer_that_passes_on_what_it_does_not_read(tmp_path: Path, said: list[str]) -> None:
+    """Axolotl 0.21's is one. Where nothing is left to train, no epoch runs."""
+    ran: list[int] = []
+    state, control = SimpleNamespace(global_step=3, max_steps=4), SimpleNamespace(should_training_stop=False)
+    one = trainer(tmp_path, state=state, control=control)
+    one._run_epoch = lambda epoch, **others: ran.append(epoch)
+    resume_epochs(one)
+    given = {"train_dataloader": [], "resume_from_checkpoint": "checkpoint-3"}
+    one._run_epoch(epoch=1, **given)
+    assert ran == [1] and not control.should_training_stop
+    state.global_step = 4
+    one._run_epoch(epoch=2, **given)
+    assert ran == [1] and control.should_training_stop and not said
+
+
 def test_a_trainer_that_logs_otherwise(tmp_path: Path, said: list[str]) -> None:
     log_through(trainer(tmp_path), SimpleNamespace(logs=dict))
     assert "has no Trainer.log" in said.pop() and not said
@@ -95,6 +110,13 @@ def test_the_trainer_of_this_version_has_them_all() -> None:
         assert callable(getattr(transformers.Trainer, name))
     arguments = inspect.signature(transformers.Trainer._run_epoch).parameters
     assert {"resume_from_checkpoint", "train_dataloader", "epoch"} <= arguments.keys()
+
+
+def test_axolotls_trainer_is_resumed_without_a_warning(tmp_path: Path, said: list[str]) -> None:
+    from axolotl.core.trainers.base import AxolotlTrainer
+
+    resume_epochs(trainer(tmp_path, _run_epoch=AxolotlTrainer._run_epoch))
+    assert not said
 
 
 def test_a_run_without_the_class_that_marks_states() -> None:

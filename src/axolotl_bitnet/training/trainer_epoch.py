@@ -24,11 +24,11 @@ _READ = {"resume_from_checkpoint", "train_dataloader", "epoch"}
 def resume_epochs(trainer: Any) -> None:
     """Let a trainer that resumes go on where it was, in the order of data that the first part had."""
     run_epoch = getattr(trainer, "_run_epoch", None)
-    if run_epoch is None or not inspect.signature(run_epoch).parameters.keys() >= _READ:
+    if run_epoch is None or not _takes_what_is_read(run_epoch):
         warn(
             f"transformers {transformers.__version__} has no Trainer._run_epoch as it is known here: the "
-            "resumed "
-            "run may read its data in another order than the uninterrupted one, and take one step more"
+            "resumed run may read its data in another order than the uninterrupted one, and may take one "
+            "step more"
         )
         return
 
@@ -36,12 +36,18 @@ def resume_epochs(trainer: Any) -> None:
         if trainer.state.global_step >= trainer.state.max_steps:
             trainer.control.should_training_stop = True
             return None
-        given = inspect.signature(run_epoch).bind(*args, **kwargs).arguments
+        given = inspect.signature(run_epoch).bind(*args, **kwargs).arguments | kwargs
         if given["resume_from_checkpoint"] is not None:
             _set_epoch(given["train_dataloader"], given["epoch"])
         return run_epoch(*args, **kwargs)
 
     trainer._run_epoch = run_epoch_if_any
+
+
+def _takes_what_is_read(run_epoch: Any) -> bool:
+    """A subclass may pass on what it does not read itself: Axolotl 0.21's takes ``**kwargs``."""
+    parameters = inspect.signature(run_epoch).parameters
+    return parameters.keys() >= _READ or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:

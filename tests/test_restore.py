@@ -360,7 +360,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a packed head": (packed_head, "'lm_head' is packed, but is no layer that becomes ternary"),
     "rms norm": (quantization(use_rms_norm=True), "use_rms_norm"),
     "unknown class": (quantization(linear_class="trilinear"), "unknown linear_class 'trilinear'"),
-    "online": (quantization(linear_class="autobitlinear", quantization_mode="online"), "ready to train"),
+    "online": (quantization(linear_class="autobitlinear", quantization_mode="online"), "not latents"),
     "another method": (quantization(quant_method="gptq"), "not a packed BitNet model's"),
     "unknown architecture": (
         lambda folder: edit_config(folder, lambda config: config.update(model_type="newest")),

@@ -25,6 +25,7 @@ from axolotl_bitnet.plugin.artifacts import finish_run
 from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from axolotl_bitnet.storage.trainer_checkpoint import problems
+from axolotl_bitnet.ternary import ternarize
 from axolotl_bitnet.verify.inspect import inspect
 from support.stored import edit, edit_config, save, trained
 
@@ -50,6 +51,29 @@ def test_without_a_list_the_layers_are_those_that_training_would_take(
     assert "onebitllms rounds otherwise" in caplog.text
     assert ("may never have been ternary" in caplog.text) == (stored == "latents")  # random: it was not
     assert open_checkpoint(packed).fingerprint() == open_checkpoint(expected).fingerprint()
+
+
+def test_bf16_bitnet_that_transformers_quantizes_as_it_runs(
+    tiny_model: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As microsoft/bitnet-b1.58-2B-4T-bf16 is stored: latents, and a method in the config but no layers."""
+    source = tmp_path / "microsoft"
+    tiny_model("BitNet").to(torch.bfloat16).save_pretrained(source)
+    online = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    edit_config(source, lambda config: config.update(quantization_config=online))
+    packed = pack_checkpoint(source, tmp_path / "packed")
+    assert "lists no ternary layers" in caplog.text
+    latents, codes = load_file(source / SINGLE), open_checkpoint(packed)
+    for name, key in codes.keys.items():
+        expected = ternarize(latents[key])
+        assert all(torch.equal(*pair) for pair in zip(codes.codes(name), expected, strict=False)), name
+    done = CliRunner().invoke(main, ["verify", str(packed), "--against", str(source)])
+    assert done.exit_code == 0, done.output
+    with pytest.raises(CheckpointError, match="holds latents already"):
+        restore_latents(source, tmp_path / "latents")
+    edit_config(source, lambda config: config["quantization_config"].update(use_rms_norm=True))
+    with pytest.raises(CheckpointError, match="use_rms_norm: its layers normalize inside"):
+        pack_checkpoint(source, tmp_path / "again")
 
 
 def test_an_unknown_architecture_is_refused(tiny_model: Build, tmp_path: Path) -> None:

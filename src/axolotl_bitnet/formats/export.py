@@ -41,9 +41,8 @@ def open_checkpoint(path: str | Path) -> TernaryCheckpoint:
         return LatentCheckpoint(path, config)
     from .third_party import ThirdPartyPackedCheckpoint, UnlistedCheckpoint
 
-    return (
-        UnlistedCheckpoint(path, config) if kind == "unlisted" else ThirdPartyPackedCheckpoint(path, config)
-    )
+    lists_nothing = kind in ("unlisted", "online")
+    return UnlistedCheckpoint(path, config) if lists_nothing else ThirdPartyPackedCheckpoint(path, config)
 
 
 def export(

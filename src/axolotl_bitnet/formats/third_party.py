@@ -125,16 +125,19 @@ def open_unlisted(folder: str | Path, config: Mapping[str, Any] | None = None) -
 
 class UnlistedCheckpoint(LatentCheckpoint):
     """A folder of floating-point matrices whose config lists no ternary layers: those that training would
-    take are. A dense ternary matrix is read as what it stands for, any other as latents.
+    take are. A dense ternary matrix is read as what it stands for, any other as latents. Microsoft's bf16
+    BitNet, which transformers quantizes as it runs (`quantization_mode: online`), is one.
 
     Raises:
-        CheckpointError: transformers does not know the architecture, or what :class:`LatentCheckpoint` says.
+        CheckpointError: transformers does not know the architecture, its layers normalize inside, or what
+            :class:`LatentCheckpoint` says.
     """
 
     format = "third-party"
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any]):
         path = Path(folder) / "config.json"
+        refuse_norms_inside(config, path)
         super().__init__(folder, with_names(config, linear_layers(config, path)))
         _LOG.warning(
             "%s lists no ternary layers: the %d that training would take are. Codes are by this package's "
@@ -226,13 +229,17 @@ def multiplies(config: Mapping[str, Any], path: Path) -> bool:
     found = recognize(config)
     if found.method != "bitnet":
         raise CheckpointError(f"{path} is not a packed BitNet model's (quant_method bitnet)")
-    if config["quantization_config"].get("use_rms_norm"):
-        raise CheckpointError(f"{path}: use_rms_norm: its layers normalize inside, which no format here says")
+    refuse_norms_inside(config, path)
     if found.linear_class not in ("bitlinear", "autobitlinear"):
         raise CheckpointError(f"{path} names an unknown linear_class '{found.linear_class}'")
-    if found.kind == "online":
-        raise CheckpointError(f"{path}: quantization_mode online: the weights are latents, ready to train")
     return found.linear_class == "autobitlinear"
+
+
+def refuse_norms_inside(config: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError if a BitNet config says that its linear layers hold an RMSNorm each."""
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, Mapping) and quantization.get("use_rms_norm"):
+        raise CheckpointError(f"{path}: use_rms_norm: its layers normalize inside, which no format here says")
 
 
 def _is_matrix(entry: Entry | None) -> bool:

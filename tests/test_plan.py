@@ -77,6 +77,26 @@ def test_a_quantized_base_is_refused() -> None:
     assert "quantized already (bitnet)" in found.refused[0]
 
 
+def test_exports_that_would_fail_are_refused(base: Path, tmp_path: Path) -> None:
+    """By the config, and by the tokenizer beside it."""
+    pytest.importorskip("gguf")
+    windowed = SHAPES["1B"] | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    windowed |= {"sliding_window": 128}
+    found = plan_run(_recipe(bitnet={"export": ["packed", "mlx"]}), windowed)
+    assert ["export: [mlx]" in line for line in found.refused] == [True], found.refused
+    (base / "config.json").write_text(json.dumps(SHAPES["1B"] | {"architectures": ["LlamaForCausalLM"]}))
+    (base / "tokenizer.json").write_text("{}")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(_recipe(base_model=str(base), bitnet={"export": ["gguf-q2_0"]})))
+    code, text = _call(config)
+    assert code == 1 and "`bitnet.export: [gguf-q2_0]` would fail" in text and "tokenizer" in text
+
+
+def test_falcon_under_fsdp_is_refused() -> None:
+    old = {"model_type": "falcon", "hidden_size": 64}
+    assert "does not support the Falcon architecture" in plan_run(_recipe("sft.yaml"), old).refused[0]
+
+
 def test_scope_and_layouts() -> None:
     options = {"learning_rate_multiplier": 10, "learning_rate_scope": "ternary"}
     found = plan_run(_recipe("sft.yaml", bitnet=options), SHAPES["3B"])

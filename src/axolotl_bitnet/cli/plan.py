@@ -39,7 +39,7 @@ def plan(config: Path, base: Path | None, machine: bool) -> None:
     if shape is None and not Path(str(cfg.get("base_model"))).is_absolute():
         beside = config.parent / str(cfg.get("base_model"))
         shape, where = base_config(cfg, beside) if (beside / "config.json").is_file() else (shape, where)
-    found = plan_run(cfg, shape)
+    found = plan_run(cfg, shape, Path(where) if shape is not None and Path(where).is_dir() else None)
     if shape is None:
         found.notes.append(f"layers, memory and sizes are not planned: {where} (name one with --base)")
     if machine:

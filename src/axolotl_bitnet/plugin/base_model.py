@@ -13,12 +13,12 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from ..formats.config_json import recognize
-from ..formats.registry import FORMATS
 from ..formats.tied import repeats_embedding, says_tied
 from ..formats.unplaced import unplaced
 from ..model.layer_plan import ConversionError, plan_conversion
 from ..storage.atomic import CheckpointError, read_json
 from ..storage.safetensors_stream import CheckpointReader
+from .refusals.base import base_refusals, export_refusals
 
 
 def check_base(cfg: Any, skip_modules: list[str], export: Sequence[str] = ()) -> None:
@@ -37,16 +37,8 @@ def check_base(cfg: Any, skip_modules: list[str], export: Sequence[str] = ()) ->
             "is not supported (pip install 'axolotl<0.22')"
         ) from None
     config = load_model_config(cfg)
-    if config.model_type == "falcon" and cfg.fsdp_config:
-        raise ConversionError(
-            "FSDP does not support the Falcon architecture (Falcon-E and Falcon3 are Llamas, and work)"
-        )
-    found = recognize(config.to_dict())
-    if found.kind in ("packed", "third-party", "quantized"):
-        raise ConversionError(
-            f"{cfg.base_model} is quantized already ({found.method}): training needs its latents. Take the "
-            "bf16 or 'prequantized' variant of the model"
-        )
+    for reason in base_refusals(cfg, config.to_dict()):
+        raise ConversionError(reason)
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         with torch.device("meta"):
             plan_conversion(AutoModelForCausalLM.from_config(config), skip_modules)
@@ -70,13 +62,8 @@ def refuse_exports(cfg: Any, config: Any, folder: Path | None, export: Sequence[
         told["architectures"] = ["A reward model (ForSequenceClassification)"]
     elif not told.get("architectures") and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         told["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
-    tokenizer = folder if (cfg.tokenizer_config or cfg.base_model) == cfg.base_model else None
-    for name in export:
-        for reason in FORMATS[name].format.refusals(told, tokenizer):
-            raise ConversionError(
-                f"`bitnet.export: [{name}]` would fail when {cfg.base_model} is trained: {reason}. "
-                "Take it out of `export`"
-            )
+    for reason in export_refusals(cfg, told, folder, export):
+        raise ConversionError(reason)
 
 
 def holds_latents(cfg: Any) -> bool:

@@ -1,8 +1,8 @@
 """What a config will do, told before anything is loaded: refusals, rates, layers, memory, artifacts' sizes.
 
-Reads the YAML and the base's config.json. Imports neither torch nor Axolotl nor (if the `bitnet:` block is
-plainly right) pydantic, so that it answers at once. The rules are the ones that Axolotl runs
-(:mod:`axolotl_bitnet.plugin.refusals`), the rest is arithmetic.
+Reads the YAML and the base's config.json. Imports neither Axolotl nor torch (unless GGUF or MLX is exported)
+nor pydantic (if the `bitnet:` block is plainly right), so that it answers at once. The rules are those that
+Axolotl runs (:mod:`axolotl_bitnet.plugin.refusals`), the rest is arithmetic.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..formats.sizes import artifact_bytes
 from ..model.memory import Memory, Settings, moment_bytes, step_memory
 from ..model.outline import Outline, UnknownShape, outline_of
 from .refusals import fsdp_refusals, refusals
+from .refusals.base import base_refusals, export_refusals
 
 GPUS = (1, 2, 4, 8)
 _PAIRS = ("dpo", "ipo", "orpo", "simpo")
@@ -81,12 +82,13 @@ class RunPlan:
     artifacts: dict[str, int] = field(default_factory=dict)
 
 
-def plan_run(cfg: Mapping[str, Any], base: Mapping[str, Any] | None) -> RunPlan:
+def plan_run(cfg: Mapping[str, Any], base: Mapping[str, Any] | None, folder: Path | None = None) -> RunPlan:
     """Plan a run.
 
     Args:
         cfg: Axolotl's config, as its YAML says it.
         base: the base model's config.json; None if there is none to read.
+        folder: the base's files, if they are on this machine: the tokenizer decides whether GGUF is refused.
     """
     plan = RunPlan()
     if not cfg.get("use_onebitllms"):
@@ -104,13 +106,9 @@ def plan_run(cfg: Mapping[str, Any], base: Mapping[str, Any] | None) -> RunPlan:
     plan.rates = _rates(cfg, options)
     if base is None:
         return plan
-    if method := (base.get("quantization_config") or {}).get("quant_method"):
-        online = (base["quantization_config"] or {}).get("quantization_mode") == "online"
-        if not (method == "bitnet" and online):
-            plan.refused.append(
-                f"{cfg.get('base_model')} is quantized already ({method}): training needs its latents. Take "
-                "the bf16 or 'prequantized' variant of the model"
-            )
+    plan.refused += base_refusals(cfg, base)
+    if any(name.startswith(("gguf", "mlx")) for name in options.export):  # asking these imports torch
+        plan.refused += export_refusals(cfg, base, folder, options.export)
     try:
         outline, problems = outline_of(base, options.skip_modules)
     except UnknownShape as error:

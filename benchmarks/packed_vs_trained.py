@@ -1,6 +1,6 @@
 """Hold a packed model against the trained one, as its users load it.
 
-    python benchmarks/packed_vs_trained.py outputs/falcon-e-3b-sft [--prompts FILE] [--tokens 32]
+    python benchmarks/packed_vs_trained.py outputs/falcon-e-3b-sft [--prompts FILE] [--tokens 8]
 
 The packed folder is loaded with plain ``AutoModelForCausalLM.from_pretrained`` in a process of its own, which
 does not import axolotl_bitnet. The trained model is built from the latents, with its non-ternary tensors
@@ -70,7 +70,7 @@ def main() -> int:
     )
     parser.add_argument("run", type=Path, help="a run's output_dir: latents, and packed/ below")
     parser.add_argument("--prompts", type=Path, help="text file, a prompt a line")
-    parser.add_argument("--tokens", type=int, default=32, help="length of the greedy continuations")
+    parser.add_argument("--tokens", type=int, default=8, help="length of the greedy continuations")
     parser.add_argument("--packed-only", nargs=2, metavar=("DTYPE", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
 

@@ -10,7 +10,9 @@ from axolotl_bitnet.ops.kernels import shards as kernel
 from axolotl_bitnet.ops.kernels import weights
 from support.kernel_cases import same
 
-SHAPES = [(1, 1), (5, 3), (8, 16), (37, 24), (64, 100), (130, 33), (12, 2049)]
+SHAPES = [(1, 1), (5, 3), (8, 16), (37, 24), (64, 100), (66, 33), (12, 2049)]
+CASES = [(*shape, count, torch.float32) for shape in SHAPES for count in (1, 2, 3, 8)]
+CASES += [(37, 24, 3, dtype) for dtype in (torch.bfloat16, torch.float16)]
 
 
 def shards_of(weight: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -19,9 +21,7 @@ def shards_of(weight: torch.Tensor, count: int) -> list[torch.Tensor]:
     return chunks + [weight[:0]] * (count - len(chunks))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
-@pytest.mark.parametrize("rows, columns", SHAPES)
+@pytest.mark.parametrize("rows, columns, count, dtype", CASES, ids=str)
 def test_there_and_back(rows: int, columns: int, count: int, dtype: torch.dtype) -> None:
     weight = torch.randn(rows, columns).to(dtype)
     codes, _, g = ops.ternarize.plain(weight)

@@ -32,8 +32,8 @@ help: ## list the targets (the default)
 test: ## run the tests on Python 3.11 with the oldest supported Axolotl
 	@$(call in,oldest) $(pytest) -m 'not nightly' $(ARGS)
 
-test-latest: ## run the tests on Python 3.12 with the newest supported Axolotl
-	@$(call in,latest) $(pytest) -m 'not nightly' $(ARGS)
+test-latest: ## run all that can depend on a version on Python 3.12 with the newest supported Axolotl
+	@$(call in,latest) $(pytest) -m 'not nightly and not once' $(ARGS)
 
 nightly: ## run the tests that the clock decides: kills at random moments of every format's writing
 	@$(call in,any) python -m pytest -m nightly $(ARGS)

@@ -304,6 +304,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [["pack"], pytest.param(["gguf"], marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_nothing_behind(whole_run: Path, tmp_path: Path, words: list[str]) -> None:

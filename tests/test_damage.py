@@ -26,6 +26,8 @@ KINDS = ["latents", *MADE]
 CASES = int(os.environ.get("AXOLOTL_BITNET_DAMAGES", "25"))
 """A kind; more of them by hand."""
 
+pytestmark = pytest.mark.once
+
 VALUES: list[Any] = [None, True, -1, 0, 1e309, 2**70, "", "../x", [], {}, [[]], {"a": {}}, "bitnet", 3.5]
 
 

@@ -22,6 +22,7 @@ from support.llamas import VARIANTS, build, save
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
+pytestmark = pytest.mark.once  # both lanes have the same gguf and xllamacpp
 IDS = (torch.arange(300) * 37 % 500 + 3) % 512
 TYPES = gguf_types()
 LENGTHS = (2, 9, 40, 150, 300)

@@ -23,6 +23,7 @@ KIB = 1024
 # Results
 
 
+@pytest.mark.once
 @pytest.mark.timeout(1800)
 def test_results_in_the_interpreter() -> None:
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]

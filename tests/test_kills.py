@@ -23,6 +23,8 @@ from axolotl_bitnet.storage.safetensors_stream import INDEX
 from axolotl_bitnet.verify.verify import verify_checkpoint
 from support.kills import kill_at_every_change
 
+pytestmark = pytest.mark.once  # whole files or none: our own writing
+
 SHARDS = {"max_shard_size": "40KB"}
 
 

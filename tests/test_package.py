@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import axolotl_bitnet
+from support import stored
 
 SOURCE = Path(axolotl_bitnet.__file__).parent
 
@@ -112,3 +115,26 @@ def test_the_wheel_carries_code_and_recipes(tmp_path: Path) -> None:
     ]:
         assert (target / path.name).read_bytes() == path.read_bytes()
     assert (target / "tiny" / "train.jsonl").is_file()
+
+
+@pytest.mark.once
+def test_systems_that_lack_names(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
+    """macOS and Windows have neither sched_getaffinity nor fdatasync, nor Axolotl: the tools work there."""
+    code = (
+        "import os, sys\n"
+        "for name in ('sched_getaffinity', 'fdatasync'): vars(os).pop(name, None)\n"
+        "for name in ('axolotl', 'trl', 'triton', 'peft', 'accelerate'): sys.modules[name] = None\n"
+        "from pathlib import Path\n"
+        "from axolotl_bitnet import pack_checkpoint, restore_latents, revert_checkpoint, verify_checkpoint\n"
+        "from axolotl_bitnet.storage import safetensors_stream\n"
+        "safetensors_stream.FLUSH = 1\n"
+        "run = Path(sys.argv[1])\n"
+        "pack_checkpoint(run, run / 'packed')\n"
+        "revert_checkpoint(run, run / 'dense')\n"
+        "restore_latents(run / 'packed', run / 'restored')\n"
+        "assert verify_checkpoint(run / 'packed', run).ok and verify_checkpoint(run / 'restored', run).ok\n"
+    )
+    stored.save(stored.trained(tiny_model, "llama"), tmp_path / "run")
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

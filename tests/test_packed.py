@@ -550,6 +550,7 @@ print(status("VmHWM") - before)  # the peak of this process; ru_maxrss would sta
 """
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_packing_needs_little_memory(tmp_path: Path) -> None:

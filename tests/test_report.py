@@ -21,7 +21,10 @@ from axolotl_bitnet.report.run_files import Run, TrainedLayer, read_run, row_and
 from support import reports
 from support.reports import Page, loads, page_of
 
-pytestmark = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed"),
+]
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

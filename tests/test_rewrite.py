@@ -53,6 +53,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack_checkpoint(root / "latents", root / "packed")
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("function", WRITERS)

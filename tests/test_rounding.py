@@ -3,7 +3,6 @@ weights."""
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +29,7 @@ from axolotl_bitnet.training.rounding import (
     seeded_adamw,
     shard_index,
 )
+from support.sharded import in_ranks
 
 optim = pytest.importorskip("torchao.optim")
 
@@ -127,21 +127,15 @@ def mixed(rank: int, folder: Path) -> None:
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     torch.compile = lambda function, **_: function  # type: ignore[assignment]
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", rendezvous, timedelta(seconds=120), world_size=2, rank=rank)
-    try:
-        for case in (ddp, fsdp2, mixed):
-            case(rank, Path(folder))
-    finally:
-        dist.destroy_process_group()
+    for case in (ddp, fsdp2, mixed):
+        case(rank, Path(folder))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rounding")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    in_ranks(worker, str(folder))
     return folder
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from axolotl_bitnet import convert_to_bitlinear, ops
@@ -26,6 +24,7 @@ from axolotl_bitnet.training.stretch import (
     stretch_latents,
     windows,
 )
+from support.sharded import in_ranks
 
 SHAPES = [(1, 7), (24, 100), (64, 33)]
 
@@ -148,24 +147,18 @@ def _inputs() -> list[torch.Tensor]:
 def worker(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", rendezvous, timedelta(seconds=120), world_size=2, rank=rank)
-    try:
-        model = _student()
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-        fits = stretch_latents(model, _inputs())
-        weights = {name: p.full_tensor() for name, p in model.named_parameters()}
-        torch.save((fits, weights), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    model = _student()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    fits = stretch_latents(model, _inputs())
+    weights = {name: p.full_tensor() for name, p in model.named_parameters()}
+    torch.save((fits, weights), Path(folder) / f"{rank}.pt")
 
 
 @pytest.mark.slow
 def test_shards_are_stretched_as_the_whole_is(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    in_ranks(worker, str(tmp_path))
     model = _student()
     fits = stretch_latents(model, _inputs())
     for rank in range(2):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ pytest.importorskip("transformers")
 from axolotl_bitnet import convert_to_bitlinear
 from axolotl_bitnet.training.ramp import fully_ternary, set_ramp
 from axolotl_bitnet.training.teacher import Teacher, TeacherError, Teaching, refuse_other_heads, teach
+from support.sharded import WORLD, in_ranks
 
 Build = Callable[..., nn.Module]
 VOCABULARY = 128
@@ -265,7 +265,7 @@ def test_data_parallel_is_refused(tiny_model: Build) -> None:
 
 # Ranks
 
-WORLD, STEPS = 2, 3
+STEPS = 3
 CASES = [("ddp", False), ("fsdp2", False), ("fsdp2", True)]
 
 
@@ -300,11 +300,6 @@ def trained(
 def worker(rank: int, folder: str, build: Build) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", timedelta(seconds=120), world_size=WORLD, rank=rank
-    )
-
     def wrapping(kind: str, checkpointed: bool) -> Callable[[Any], Any]:
         def wrap(model: Any) -> Any:
             if checkpointed:
@@ -317,17 +312,12 @@ def worker(rank: int, folder: str, build: Build) -> None:
 
         return wrap
 
-    try:
-        part = slice(rank * 2, rank * 2 + 2)
-        seen = [
-            trained(
-                build, wrapping(*case), lambda inputs: {key: value[part] for key, value in inputs.items()}
-            )
-            for case in CASES
-        ]
-        torch.save(seen, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    part = slice(rank * 2, rank * 2 + 2)
+    seen = [
+        trained(build, wrapping(*case), lambda inputs: {key: value[part] for key, value in inputs.items()})
+        for case in CASES
+    ]
+    torch.save(seen, Path(folder) / f"{rank}.pt")
 
 
 def _build(family: str, **overrides: Any) -> nn.Module:
@@ -350,7 +340,7 @@ def _build(family: str, **overrides: Any) -> nn.Module:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("teacher")
-    torch.multiprocessing.spawn(worker, (str(folder), _build), nprocs=WORLD)
+    in_ranks(worker, str(folder), _build)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from axolotl_bitnet import pack_checkpoint, restore_latents, revert_checkpoint
@@ -28,28 +25,6 @@ def processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     count: int = request.param
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(count)), raising=False)
     return count
-
-
-def test_systems_that_lack_names(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
-    """macOS and Windows have neither sched_getaffinity nor fdatasync, nor Axolotl: the tools work there."""
-    code = (
-        "import os, sys\n"
-        "for name in ('sched_getaffinity', 'fdatasync'): vars(os).pop(name, None)\n"
-        "for name in ('axolotl', 'trl', 'triton', 'peft', 'accelerate'): sys.modules[name] = None\n"
-        "from pathlib import Path\n"
-        "from axolotl_bitnet import pack_checkpoint, restore_latents, revert_checkpoint, verify_checkpoint\n"
-        "from axolotl_bitnet.storage import safetensors_stream\n"
-        "safetensors_stream.FLUSH = 1\n"
-        "run = Path(sys.argv[1])\n"
-        "pack_checkpoint(run, run / 'packed')\n"
-        "revert_checkpoint(run, run / 'dense')\n"
-        "restore_latents(run / 'packed', run / 'restored')\n"
-        "assert verify_checkpoint(run / 'packed', run).ok and verify_checkpoint(run / 'restored', run).ok\n"
-    )
-    stored.save(stored.trained(tiny_model, "llama"), tmp_path / "run")
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_results_in_order(processors: int) -> None:

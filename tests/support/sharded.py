@@ -18,7 +18,18 @@ from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 
 WORLD = 2
-_PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "axolotl_bitnet.model.fingerprint"]
+_PRELOADED = [
+    "pytest",
+    "torch.distributed.fsdp",
+    "torch._dynamo",  # what an optimizer's first step imports
+    "torch._inductor",
+    "safetensors.torch",
+    "transformers.models.llama.modeling_llama",
+    "axolotl_bitnet.model.fingerprint",
+    "axolotl_bitnet.training.fsdp2_gather",
+    "axolotl_bitnet.training.monitor.callback",
+    "axolotl_bitnet.training.teacher",
+]
 
 
 def in_ranks(work: Callable[..., Any], *arguments: Any, world: int = WORLD) -> None:

@@ -29,7 +29,7 @@ def _run(folder: Path, recipe: str, **changes: Any) -> Run:
         "base_model": str(RECIPES / "pretrain-tiny"),
         "dataset_prepared_path": str(folder / "prepared"),
         "output_dir": str(folder / "out"),
-        "dataset_num_proc": 1,
+        "dataset_num_proc": 0,  # one starts a pool
         "bf16": False,
         "optimizer": "adamw_torch",
         "sequence_len": 256,

@@ -174,6 +174,7 @@ def test_a_run_that_does_not_push_reaches_no_hub(repository: Hub, base: Path, tm
 # The model card
 
 
+@pytest.mark.slow
 def test_the_card_s_commands_are_right(
     tmp_path: Path, tiny_model: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,7 @@ def test_rounding_does_not_fill_an_axis(tmp_path: Path, factor: float) -> None:
     assert high - low == pytest.approx(max(0.05 * 0.32 * factor, 0.32 * (factor - 1)), rel=0.2)
 
 
+@pytest.mark.slow
 def test_it_loads_nothing_and_is_accessible(tmp_path: Path) -> None:
     page = page_of(reports.whole(tmp_path / "run"))
     assert not loads(page)

@@ -30,6 +30,7 @@ def _command(folder: Path) -> Any:
     return CliRunner().invoke(main, ["report", str(folder)])
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     pytest.importorskip("axolotl")
     run = reports.whole(tmp_path / "run", layers=1)

@@ -244,6 +244,7 @@ def test_a_ramp_and_gradient_checkpointing(tiny_model: Build) -> None:
         assert float(student(**batch()).loss) != pytest.approx(float(want))
 
 
+@pytest.mark.slow
 def test_under_torch_compile(tiny_model: Build) -> None:
     dense, student = couple(tiny_model)
     teacher = Teacher(dense)

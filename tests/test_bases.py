@@ -1,5 +1,5 @@
 """Bases of many shapes: each is trained five steps in Axolotl, packed, reloaded by plain transformers and
-held against the model that trained."""
+compared with the model that trained."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def test_the_matrix_would_see_it(odd: tuple[nn.Module, Path], tmp_path: Path, ke
     report = verify_checkpoint(copy, latents, ["The capital of France is, as everybody knows"])
     assert not report.ok
     if key == "tie_word_embeddings":
-        assert "programs that believe it lose the head" in report.mismatches[0]
+        assert "programs that follow it lose the head" in report.mismatches[0]
 
 
 def test_verify_runs_mlx(odd: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch) -> None:

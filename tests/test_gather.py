@@ -259,7 +259,7 @@ def falls_back(name: str) -> Any:
             finally:
                 setattr(owner, name, before)
                 logging.getLogger("axolotl.bitnet").removeHandler(handler)
-            assert len(said) == 1 and "gathers weights as they are, not 2-bit codes" in said[0]
+            assert len(said) == 1 and "gathers whole weights, not 2-bit codes" in said[0]
             reason = "other codes arrived than those of the whole weight" if name == "codes" else name
             assert reason in said[0]
         return losses_and_weights(model)

@@ -393,9 +393,9 @@ def test_a_damaged_file_is_told(file: Path, tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"num_hidden_layers": 3}, r"has no 'model\.layers\.2\.input_layernorm\.weight'"),
         ({"num_hidden_layers": 1}, r"no place for 'model\.layers\.1\.input_layernorm\.weight'"),
-        ({"intermediate_size": 256}, r"shape \[256, 512\], its config says \[256, 256\]"),
+        ({"intermediate_size": 256}, r"shape \[256, 512\], but by its config \[256, 256\]"),
         ({"hidden_size": "256"}, "hidden_size is '256'"),
-        ({"vocab_size": 500}, r"shape \[512, 256\], its config says \[500, 256\]"),
+        ({"vocab_size": 500}, r"shape \[512, 256\], but by its config \[500, 256\]"),
     ],
 )
 def test_refused_with_the_reason(latents: Path, tmp_path: Path, config: dict[str, Any], reason: str) -> None:

@@ -92,7 +92,7 @@ def test_others_latents(run: Path, tmp_path: Path) -> None:
 
     edit_tensors(folder, trained)
     found = inspect(folder)
-    assert found.kind == "latents" and "by the look of them" in found.detail
+    assert found.kind == "latents" and "by its matrices" in found.detail
 
 
 def test_others_dense_ternary(run: Path, trained: Fingerprint, tmp_path: Path) -> None:

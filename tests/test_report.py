@@ -346,7 +346,7 @@ def test_an_artifact_that_could_not_be_made_is_told_from_a_wrong_one(tmp_path: P
     page = page_of(
         reports.write(tmp_path / "run", bitnet=reports.proof(reports.names(1), artifacts=artifacts))
     )
-    assert "✗ Not made mlx: the reason stands below. packed: 36,864 codes" in page.text
+    assert "✗ Not made mlx: the reason is below. packed: 36,864 codes" in page.text
     assert "mlx not made – no space left on device" in page.text and "NOT the trained" not in page.text
     assert "from_pretrained" in page.text and "mlx_lm" not in page.text
 

@@ -1,4 +1,4 @@
-"""Models that others trained: no list of ternary layers, and sometimes several scales a matrix."""
+"""Models that others trained: no list of ternary layers, and sometimes several scales per matrix."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_without_a_list_the_layers_are_those_that_training_would_take(
     with caplog.at_level(logging.WARNING):
         packed = pack_checkpoint(unlisted(source), tmp_path / "packed")
     assert (packed / SINGLE).read_bytes() == (expected / SINGLE).read_bytes()
-    assert "lists no ternary layers: the 14 that training would take are" in caplog.text
+    assert "lists no ternary layers: the 14 that training would convert are taken" in caplog.text
     assert "onebitllms rounds otherwise" in caplog.text
     assert ("may never have been ternary" in caplog.text) == (stored == "latents")  # random: it was not
     assert open_checkpoint(packed).fingerprint() == open_checkpoint(expected).fingerprint()
@@ -104,14 +104,14 @@ def test_several_scales_are_named(
                 tensors[key] = with_scales((tensor.shape[0], tensor.shape[1]), group)
 
     edit(source, change)
-    words = rf"ternary, with several scales a matrix \({layout}; 14 matrices\), which .* cannot carry"
+    words = rf"ternary, with several scales per matrix \({layout}; 14 matrices\), which .* cannot carry"
     found = inspect(source)
     assert found.kind == "ternary with several scales" and layout in found.detail
     with pytest.raises(CheckpointError, match=words):
         restore_latents(source, tmp_path / "latents")
     with caplog.at_level(logging.WARNING):
         pack_checkpoint(source, tmp_path / "packed")
-    assert f"with several scales a matrix ({layout}" in caplog.text
+    assert f"with several scales per matrix ({layout}" in caplog.text
     assert "may never have been ternary" not in caplog.text
     model = trained(tiny_model, "llama")
     names = [name for name, _ in model.named_modules() if name.endswith("_proj")]

@@ -134,7 +134,7 @@ def test_only_a_fingerprint_says_what_was_not_checked(run: Path, tmp_path: Path)
 
 
 def test_an_artifact_is_a_reference_too(run: Path, tmp_path: Path) -> None:
-    """Latents restored from a packed model, held against that model."""
+    """Latents restored from a packed model, compared with that model."""
     latents = restore_latents(run / "packed", tmp_path / "latents")
     report = verify_checkpoint(latents, run / "packed", PROMPTS)
     assert report.ok and set(verdicts(report).values()) == {"same"} and "logits" in verdicts(report)

@@ -1,5 +1,5 @@
-"""Full fine-tuning of ternary (1.58-bit, BitNet) language models, and the proof that what ships is what
-trained.
+"""Full fine-tuning of ternary (1.58-bit, BitNet) language models, and the proof that the stored model is the
+trained one.
 
 The public names are imported when first used, so that ``import axolotl_bitnet`` costs next to nothing and
 needs neither axolotl nor triton nor a GPU.

@@ -1,5 +1,5 @@
-"""What every artifact is written from, and read back as: the ternary layers as codes and scales, all other
-tensors as they are."""
+"""A stored ternary model, which every artifact is written from and read back as: the ternary layers as codes
+and scales, all other tensors as they are."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class TernaryCheckpoint(ABC):
         entries: all tensors of the model, sorted by name. Ternary weights have their matrix's shape (rows,
             columns) whatever the format makes of it; scales are not among them.
         whole_config: whether the format keeps all of config.json.
-        head_unsaid: whether the stored config says that head and embedding are tied, and they are not.
-        rounding: what the format does to tensors that are not ternary, in words.
+        head_unsaid: whether head and embedding are tied by the stored config, but differ.
+        rounding: how the format rounds tensors that are not ternary, in words.
     """
 
     format: str
@@ -51,7 +51,7 @@ class TernaryCheckpoint(ABC):
     @abstractmethod
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         """``(codes, s)`` of a layer, on the CPU: int8 (rows, columns), and the scales that codes are divided
-        by, bfloat16. One number a matrix, (1,), is their only shape today; what writes a checkpoint refuses
+        by, bfloat16. One number per matrix, (1,), is their only shape today; what writes a checkpoint refuses
         any other (:func:`~.folder_writer.require_scale`)."""
 
     def code_rows(self, name: str) -> tuple[Callable[[int, int], Tensor], Tensor]:
@@ -72,7 +72,7 @@ class TernaryCheckpoint(ABC):
         yield self.tensor(key).to(dtype).reshape(-1)
 
     def settle_head(self) -> None:
-        """Make config and entries say whether head and embedding are tied, by what they hold
+        """Correct in config and entries whether head and embedding are tied, by what is stored
         (:mod:`~.tied`). Readers call it when all else is known."""
         found = repeats_embedding(self.config, self.entries, self.blocks)
         if found is None:
@@ -85,7 +85,7 @@ class TernaryCheckpoint(ABC):
             self.head_unsaid = True
 
     def as_stored(self, key: str, tensor: Tensor) -> Tensor:
-        """What :meth:`tensor` reads when ``tensor``, which is not ternary, was written in this format."""
+        """What :meth:`tensor` would read if ``tensor``, which is not ternary, was written in this format."""
         return tensor.to(self.entries[key].dtype)
 
     @one_thread()

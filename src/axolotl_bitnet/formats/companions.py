@@ -51,10 +51,10 @@ def written_here(path: Path) -> bool:
 def copy_companions(source: Path, target: Path, config: Mapping[str, Any]) -> list[str]:
     """Copy tokenizer, chat template, generation config and the like; returns the names copied.
 
-    A folder without a tokenizer is a model all the same, so that is a warning.
+    A folder without a tokenizer is still a model, so that is a warning.
     """
     if not any((source / name).is_file() for name in TOKENIZERS):
-        LOG.warning("%s holds no tokenizer: what is written has none either; copy its files there", source)
+        LOG.warning("%s holds no tokenizer, so the output has none: copy the tokenizer's files there", source)
     beside = {path.name for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}
     names = sorted(beside | set(code_files(source, config)))
     for name in names:

@@ -1,7 +1,6 @@
 """Our entry in config.json, and what a format changes around it.
 
-The entry says which layers are ternary and how they are stored; everything else in the file is transformers'
-own.
+The entry lists the ternary layers and how they are stored; everything else in the file is transformers' own.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ Kind = Literal["latents", "packed", "dense", "mlx", "third-party", "online", "qu
 
 @dataclass(frozen=True)
 class Recognized:
-    """What a config.json says a stored model is.
+    """What a stored model is, by its config.json.
 
     Attributes:
         kind: "latents", "packed", "dense" or "mlx": written by this package. "third-party": packed by another
             program in the way of BitNet. "online": Microsoft's bf16 BitNet, latents that transformers
-            quantizes as it runs. "quantized": by another method. "unlisted": nothing says; a model that was
-            never ternary, or one whose dense ternary layers nobody listed.
+            quantizes as it runs. "quantized": by another method. "unlisted": not in the config; a
+            model that was never ternary, or one whose dense ternary layers nobody listed.
         method: ``quant_method`` of a quantized model.
         linear_class: transformers' class of a BitNet model's packed layers; ``autobitlinear`` multiplies by
             the scale, where ``bitlinear`` divides.
@@ -87,8 +86,8 @@ def read_plan(config: Mapping[str, Any], where: str | Path) -> Plan:
 
 
 def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with ``rope_theta`` at its top, where alone MLX looks for it: it would take 10000 without a
-    word."""
+    """A config with ``rope_theta`` at its top, the only place where MLX reads it: without it MLX would
+    silently take 10000."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return config
@@ -97,7 +96,7 @@ def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_bfloat16(config: dict[str, Any]) -> dict[str, Any]:
-    """A config, and those of a multimodal model's towers in it, that say how tensors are stored."""
+    """A config, and those of a multimodal model's towers in it, that hold how tensors are stored."""
     inside = {
         key: in_bfloat16(value)
         for key, value in config.items()
@@ -128,7 +127,7 @@ def rope_type(rope: Mapping[str, Any]) -> str:
 
 
 def sliding_window(config: Mapping[str, Any]) -> str | None:
-    """What a config says of a window of attention that is shorter than its positions; None if there is none.
+    """The config's window of attention, if it is shorter than the positions, in words; None without one.
 
     Mistral's window is on unless it is null, Qwen's is off unless ``use_sliding_window`` is on.
     """

@@ -1,9 +1,9 @@
 """Dense checkpoints: ``bf16(codes / s)``, a plain bfloat16 model that anything can load.
 
-What vLLM, SGLang and converters eat. Each ternary matrix has one magnitude, ``m = bf16(1 / s)``, so its codes
-are the signs, and ``s = bf16(1 / m)`` again: true of every ``s`` that the definition makes. Quantizing such
-a matrix anew would shrink its scale to the share of its non-zeros; reading it back here does not. All other
-tensors are stored in bfloat16, which leaves bfloat16 ones untouched.
+vLLM, SGLang and converters take it. Each ternary matrix has one magnitude, ``m = bf16(1 / s)``. So its codes
+are the signs, and its scale is ``s = bf16(1 / m)``: true of every ``s`` that the definition makes. Quantizing
+such a matrix again would shrink its scale to the share of its non-zeros; reading it back here does not. All
+other tensors are stored in bfloat16, so bfloat16 ones are unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .format import WayToRun, in_transformers
 
 
 def magnitude_of(codes: Tensor, s: Tensor) -> Tensor:
-    """``bf16(1 / s)``, shape (1,): the magnitude that stands for ``s`` where only weights are stored.
+    """``bf16(1 / s)``, shape (1,): the magnitude that keeps ``s`` where only weights are stored.
 
     Raises:
         ValueError: ``s`` could not be read back from it.

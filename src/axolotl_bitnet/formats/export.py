@@ -15,8 +15,8 @@ from .registry import FORMATS
 
 
 def open_checkpoint(path: str | Path) -> TernaryCheckpoint:
-    """A ternary model of any format that this package writes, or one of others: packed, or floating-point
-    matrices whose config lists no ternary layers (then a warning says which are taken).
+    """A ternary model of any format that this package writes, or a third party's: packed, or floating-point
+    matrices whose config lists no ternary layers (then a warning counts those that are taken).
 
     Args:
         path: a folder (latents, as training saves them, or an artifact), a GGUF file, or a folder with one.
@@ -26,7 +26,7 @@ def open_checkpoint(path: str | Path) -> TernaryCheckpoint:
     """
     path = Path(path)
     if (file := _gguf_in(path)) is not None:
-        return FORMATS["gguf-tq2_0"].format.open(file)  # any type: the file says which
+        return FORMATS["gguf-tq2_0"].format.open(file)  # any type: the file has which
     if not path.is_dir():
         if not path.exists():
             raise CheckpointError(f"{path} does not exist")
@@ -48,15 +48,15 @@ def open_checkpoint(path: str | Path) -> TernaryCheckpoint:
 def export(
     name: str, src: str | Path, dst: str | Path, overwrite: bool = False, check: Proof | None = None
 ) -> Path:
-    """Write a stored ternary model in the format that :data:`~.registry.FORMATS` calls ``name``; the
-    functions below say more."""
+    """Write a stored ternary model in the format that :data:`~.registry.FORMATS` calls ``name``; see the
+    functions below."""
     return FORMATS[name].format.write(open_checkpoint(src), dst, overwrite, check)
 
 
 def pack_checkpoint(
     src: str | Path, dst: str | Path, overwrite: bool = False, check: Proof | None = None
 ) -> Path:
-    """Pack a ternary model to 2 bits a weight.
+    """Pack a ternary model to 2 bits per weight.
 
     Works tensor by tensor: memory stays below twice the largest tensor plus 300 MiB. The folder appears when
     it is complete, or not at all.
@@ -80,10 +80,10 @@ def pack_checkpoint(
 def revert_checkpoint(
     src: str | Path, dst: str | Path, overwrite: bool = False, check: Proof | None = None
 ) -> Path:
-    """Write a ternary model as a dense bfloat16 one: ``codes / s``, within 0.4 % a weight.
+    """Write a ternary model as a dense bfloat16 one: ``codes / s``, each weight within 0.4 %.
 
-    It computes without the quantization of activations that trained, so its logits are near those of the
-    ternary model, not equal. Arguments and errors as for :func:`pack_checkpoint`.
+    It does not quantize activations, as training did, so its logits are near those of the ternary model, not
+    equal. Arguments and errors as for :func:`pack_checkpoint`.
 
     Raises:
         CheckpointError: also if a scale would not be recoverable.
@@ -92,7 +92,7 @@ def revert_checkpoint(
 
 
 def export_mlx(src: str | Path, dst: str | Path, overwrite: bool = False, check: Proof | None = None) -> Path:
-    """Write a ternary model for mlx-lm, at 2.25 bits a weight. Needs no MLX. Arguments and errors as for
+    """Write a ternary model for mlx-lm, at 2.25 bits per weight. Needs no MLX. Arguments and errors as for
     :func:`pack_checkpoint`.
 
     Raises:

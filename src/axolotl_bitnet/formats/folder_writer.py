@@ -1,6 +1,6 @@
 """One stored ternary model written as another: what the folder formats share.
 
-A format says what it makes of a ternary weight; everything else is stored as it is or in bfloat16. Before
+A format defines how a ternary weight is stored; everything else is stored as it is or in bfloat16. Before
 anything is written, the tensors are compared with the model that config.json describes, which transformers
 builds without memory, on the meta device. A checkpoint whose architecture it does not know, or whose tensors
 it renames on loading, is compared as far as the names agree.
@@ -40,7 +40,7 @@ class FolderFormat(Format):
         """The tensors that a ternary weight (rows, columns) becomes.
 
         Raises:
-            ValueError: the format cannot hold such a weight; says why.
+            ValueError: the format cannot hold such a weight; the message has the reason.
         """
 
     @abstractmethod
@@ -115,7 +115,7 @@ class MatrixFormat(FolderFormat):
         """Contents of :meth:`entries`, from int8 codes (rows, columns) and bfloat16 s, shape (1,).
 
         Raises:
-            ValueError: the format cannot hold them; says why.
+            ValueError: the format cannot hold them; the message has the reason.
         """
 
     def write_layer(
@@ -137,7 +137,8 @@ def require_scale(source: TernaryCheckpoint, weight: Entry, s: Tensor) -> None:
     """Raise CheckpointError unless ``s`` is one scale, (1,), and a number above 0."""
     if s.shape != (1,):
         raise CheckpointError(
-            f"{source.folder}: '{weight.name}' has scales of shape {list(s.shape)}; one a matrix is written"
+            f"{source.folder}: '{weight.name}' has scales of shape {list(s.shape)}; only one scale per "
+            "matrix can be written"
         )
     if not bool(torch.isfinite(s)) or float(s) <= 0:
         raise CheckpointError(
@@ -157,7 +158,7 @@ def require_embeddings(source: TernaryCheckpoint) -> None:
 
 
 def require_shapes(source: TernaryCheckpoint) -> None:
-    """Hold names and shapes of all tensors against config.json.
+    """Compare names and shapes of all tensors with config.json.
 
     Raises:
         CheckpointError: a tensor has another shape, or is missing.
@@ -171,8 +172,8 @@ def require_shapes(source: TernaryCheckpoint) -> None:
         if key in parameters and entry.shape != (shape := tuple(parameters[key].shape)):
             raise CheckpointError(
                 f"{source.folder}: '{key}' has shape {list(entry.shape)}, but by {config} it has "
-                f"{list(shape)}: weights and config are not of one model; put the config beside them that "
-                "they were saved with"
+                f"{list(shape)}: weights and config are not of one model. Put the config there that the "
+                "weights were saved with"
             )
     if not source.entries.keys() <= model.state_dict().keys():
         return  # saved under other names
@@ -200,5 +201,5 @@ def model_of(config: dict[str, Any]) -> nn.Module | None:
     try:
         with torch.device("meta"):
             return cast(nn.Module, kind(described.from_dict(config)))
-    except Exception:  # what a class makes of a config that is not whole is its own affair
+    except Exception:  # an incomplete config may raise anything
         return None

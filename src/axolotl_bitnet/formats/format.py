@@ -1,4 +1,4 @@
-"""What a format that ternary models are exported to must be able to do.
+"""The interface of a format that ternary models are exported to.
 
 A format is one file that defines one :class:`Format`, and one row of :mod:`.registry`. Config, command line,
 model card, report, hub and resuming take the rest from these two. How a format is *run* for comparison is in
@@ -32,7 +32,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
 
 @dataclass(frozen=True)
 class WayToRun:
-    """One way to run an artifact: ``text`` in ``language`` (python or bash), and what to know about it."""
+    """One way to run an artifact: ``text`` in ``language`` (python or bash), and a note about it."""
 
     title: str
     language: str
@@ -83,10 +83,10 @@ class Format(ABC):
 
     @abstractmethod
     def ways_to_run(self, path: str) -> list[WayToRun]:
-        """How to run an artifact at ``path``, as the path is to be written; the usual way first."""
+        """Ways to run an artifact at ``path`` (written into the commands as it is); the usual way first."""
 
     def refusals(self, config: Mapping[str, Any], tokenizer: Path | None) -> list[str]:
-        """Why a model cannot be written so, as far as it can be told before training.
+        """Why a model cannot be written in this format, as far as is known before training.
 
         Args:
             config: the base's config.json.

@@ -1,9 +1,9 @@
 """MLX checkpoints: 2-bit affine quantization, which mlx-lm runs natively, on Macs and on a CPU.
 
 A row is cut into groups of 32, 64 or 128 weights, each ``scale * q + bias`` with q in {0, 1, 2}: here ``q =
-code + 1``, ``scale = d`` and ``bias = -d`` with ``d = bf16(1 / s)``, so that it stands for exactly the
-weights of the dense revert. A uint32 holds 16 q, the first in its lowest bits. MLX does not quantize
-activations. Rows that are no multiple of 32 cannot be so cut: such a matrix is stored as in the dense revert.
+code + 1``, ``scale = d`` and ``bias = -d`` with ``d = bf16(1 / s)``, which gives exactly the weights of the
+dense revert. A uint32 holds 16 q, the first in its lowest bits. MLX does not quantize activations. Rows that
+are no multiple of 32 cannot be cut so: such a matrix is stored as in the dense revert.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What mlx-lm makes of a config.json: RoPE as it reads it, and what it would compute otherwise than
-transformers.
+"""A config.json as mlx-lm reads it: RoPE, and what mlx-lm would compute otherwise than transformers.
 
 Read in mlx-lm 0.32: its Llama, which computes Mistral too, and Qwen2 take ``rope_scaling`` at the top of the
 config and know no ``rope_parameters``; Qwen3 takes either. All of them take yarn's ``mscale``, and none its
@@ -45,7 +44,7 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def computed_otherwise(config: Mapping[str, Any]) -> list[str]:
-    """Why mlx-lm cannot run a model, or would compute another one without a word."""
+    """Why mlx-lm cannot run a model, or would silently compute another one."""
     name, rope = config.get("model_type"), rope_of(config)
     if name == "bitnet":
         return ["mlx-lm's `bitnet` architecture reads the packed layout only: use the packed folder"]

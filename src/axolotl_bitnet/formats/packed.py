@@ -1,4 +1,4 @@
-"""Packed checkpoints: 2 bits a weight, as transformers' BitNet integration reads them.
+"""Packed checkpoints: 2 bits per weight, as transformers' BitNet integration reads them.
 
 Byte ``[r, c]`` of the uint8 matrix (rows / 4, columns) holds the codes, plus one, of rows ``r``, ``r +
 rows/4``, ``r + 2 rows/4`` and ``r + 3 rows/4`` at bits 0, 2, 4 and 6. Beside it lies ``weight_scale``: the
@@ -41,7 +41,7 @@ class PackedFormat(FolderFormat):
         return [
             in_transformers("Packed, in transformers", path, note),
             WayToRun("Packed, in a terminal", "bash", f"axolotl-bitnet chat {quoted}", ours),
-            WayToRun("Packed, in vLLM", "bash", f"vllm serve {quoted}", f"{ours} One GPU a model."),
+            WayToRun("Packed, in vLLM", "bash", f"vllm serve {quoted}", f"{ours} One GPU per model."),
         ]
 
     def config_of(self, source: TernaryCheckpoint) -> dict[str, Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """A format as config, command line and ``bitnet.json`` speak of it.
+    """A format as config, command line and ``bitnet.json`` name it.
 
     Attributes:
         name: what `bitnet.export` and `bitnet.json` call it.
@@ -46,7 +46,7 @@ class Row:
 
 
 _ROWS = (
-    Row("packed", "packed", "2 bits a weight", "pack", "packed:PACKED"),
+    Row("packed", "packed", "2 bits per weight", "pack", "packed:PACKED"),
     Row("gguf-tq2_0", "gguf/model-TQ2_0.gguf", "GGUF, TQ2_0", "gguf --type tq2_0", "gguf.tq:TQ2_0"),
     Row("gguf-tq1_0", "gguf/model-TQ1_0.gguf", "GGUF, TQ1_0", "gguf --type tq1_0", "gguf.tq:TQ1_0"),
     Row("gguf-q2_0", "gguf/model-Q2_0.gguf", "GGUF, Q2_0", "gguf --type q2_0", "gguf.q2_0:Q2_0"),

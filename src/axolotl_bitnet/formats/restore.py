@@ -37,8 +37,8 @@ def restore_latents(
     """Write latents, to train, from a model that is stored ternary.
 
     A scale that is not ``bf16(1 / bf16(g))`` of any ``g``, which no training by the definition gives, becomes
-    the nearest that is, at most 0.6 % away; a warning on this module's logger says how many did. Tensors
-    beside the ternary weights are copied as they are.
+    the nearest that is, at most 0.6 % away; a warning on this module's logger counts them. Tensors beside the
+    ternary weights are copied as they are.
 
     Args:
         src: a packed folder (this package's, onebitllms's, transformers' or Microsoft's), a dense ternary

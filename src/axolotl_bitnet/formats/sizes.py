@@ -1,6 +1,6 @@
 """How large a model's artifacts will be, from its outline: the bytes of their tensors, by arithmetic alone.
 
-Tokenizers, configs and the files' own headers come on top (some MB). Each line says how its format stores a
+Tokenizers, configs and the files' own headers are not counted (some MB). Each line is how its format stores a
 ternary weight; the tests compare them with files that the formats wrote.
 """
 

@@ -1,12 +1,12 @@
-"""Ternary models that others wrote: no list of ternary layers in the config, and two meanings of a scale.
+"""Ternary models of third parties: no list of ternary layers in the config, and two meanings of a scale.
 
 **Packed** (`quant_method: bitnet`): the bytes are those of :mod:`.packed`. onebitllms (Falcon-E) and
 everything that names the class `bitlinear`, or none, divides by ``weight_scale``; Microsoft's `autobitlinear`
 multiplies, so that ``s = bf16(1 / weight_scale)``. **Dense** (the "prequantized" Falcon3): one
 magnitude a matrix.
 
-Which layers are ternary, the stored tensors say; which others are linear, the architecture, built without
-weights from config.json and from transformers' own code alone.
+The stored tensors show which layers are ternary. The architecture, built without weights from config.json and
+from transformers' own code alone, shows which others are linear.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ class ThirdPartyPackedCheckpoint(TernaryCheckpoint):
     """A folder that another program packed. Scales are read as bfloat16.
 
     Raises:
-        CheckpointError: it is not packed in a way known here, or says that a layer does more than the
-            definition.
+        CheckpointError: it is not packed in a way known here, or a layer does more than the definition.
     """
 
     format = "third-party"
@@ -57,7 +56,7 @@ class ThirdPartyPackedCheckpoint(TernaryCheckpoint):
             if key.endswith(".weight") and entry.dtype == torch.uint8
         ]
         if not packed:
-            raise CheckpointError(f"{self.folder} says it is packed, but holds no uint8 weight")
+            raise CheckpointError(f"{self.folder} is packed by its config, but holds no uint8 weight")
         architecture = linear_layers(config, path)
         if strangers := sorted(set(packed) - set(architecture.converted)):
             raise CheckpointError(
@@ -125,12 +124,12 @@ def open_unlisted(folder: str | Path, config: Mapping[str, Any] | None = None) -
 
 class UnlistedCheckpoint(LatentCheckpoint):
     """A folder of floating-point matrices whose config lists no ternary layers: those that training would
-    take are. A dense ternary matrix is read as what it stands for, any other as latents. Microsoft's bf16
+    take are. A dense ternary matrix is read as its codes and scale, any other as latents. Microsoft's bf16
     BitNet, which transformers quantizes as it runs (`quantization_mode: online`), is one.
 
     Raises:
-        CheckpointError: transformers does not know the architecture, its layers normalize inside, or what
-            :class:`LatentCheckpoint` says.
+        CheckpointError: transformers does not know the architecture, its layers normalize inside, or as for
+            :class:`LatentCheckpoint`.
     """
 
     format = "third-party"
@@ -140,8 +139,8 @@ class UnlistedCheckpoint(LatentCheckpoint):
         refuse_norms_inside(config, path)
         super().__init__(folder, with_names(config, linear_layers(config, path)))
         _LOG.warning(
-            "%s lists no ternary layers: the %d that training would take are. Codes are by this package's "
-            "definition; a program that trained by another (onebitllms rounds otherwise) may have had others",
+            "%s lists no ternary layers: the %d that training would convert are taken. Codes are by this "
+            "package's definition; a program with another (onebitllms rounds otherwise) may have had others",
             folder,
             len(self.names.converted),
         )
@@ -214,8 +213,8 @@ def split(architecture: Plan, ternary: set[str]) -> Plan:
 
 
 def with_names(config: Mapping[str, Any], names: Plan) -> dict[str, Any]:
-    """Another program's config as training would have saved it. Code of a hub repository is not copied, and
-    so not named."""
+    """Another program's config as training would have saved it, without ``auto_map``: code of a hub
+    repository is not copied."""
     kept = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     return kept | {CONFIG_KEY: names.to_entry()}
 
@@ -236,10 +235,12 @@ def multiplies(config: Mapping[str, Any], path: Path) -> bool:
 
 
 def refuse_norms_inside(config: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError if a BitNet config says that its linear layers hold an RMSNorm each."""
+    """Raise CheckpointError if the linear layers of a BitNet config hold an RMSNorm each."""
     quantization = config.get("quantization_config")
     if isinstance(quantization, Mapping) and quantization.get("use_rms_norm"):
-        raise CheckpointError(f"{path}: use_rms_norm: its layers normalize inside, which no format here says")
+        raise CheckpointError(
+            f"{path}: use_rms_norm: its layers normalize inside, for which no format here has a place"
+        )
 
 
 def _is_matrix(entry: Entry | None) -> bool:

@@ -1,8 +1,8 @@
-"""A config that says head and embedding are tied, beside a file that holds a head of its own.
+"""A config by which head and embedding are tied, beside a file that holds a head of its own.
 
-transformers 5 loads such a model untied; llama.cpp, MLX and others believe the config and drop the head. So
-the two tensors are compared when a checkpoint is opened. Equal: the model is tied, and the copy is passed
-over. Different: it is not, and its config says so from here on.
+transformers 5 loads such a model untied; llama.cpp, MLX and others follow the config and drop the head. So
+the two tensors are compared when a checkpoint is opened. If they are equal, the model is tied, and the copy
+is ignored. If they differ, it is not, and ``tie_word_embeddings`` becomes false.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def head_and_embedding(keys: Collection[str]) -> tuple[str, str] | None:
 
 
 def says_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a config, or that of the language model in it, says that head and embedding are one."""
+    """Whether head and embedding are one by a config, or by that of the language model in it."""
     inside = config.get("text_config")
     return bool(config.get(KEY) or (isinstance(inside, Mapping) and inside.get(KEY)))
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with both said to be apart."""
+    """The config with ``tie_word_embeddings`` false."""
     inside = config.get("text_config")
     text = {"text_config": {**inside, KEY: False}} if isinstance(inside, Mapping) and KEY in inside else {}
     return {**config, **text, KEY: False}
@@ -44,8 +44,8 @@ def repeats_embedding(
     entries: Mapping[str, Entry],
     blocks: Callable[[str, torch.dtype], Iterator[Tensor]],
 ) -> tuple[str, bool] | None:
-    """The head of a model whose config says tied, and whether it repeats the embedding; None where the config
-    says otherwise or no head is stored.
+    """The head of a model that is tied by its config, and whether it repeats the embedding; None where it is
+    not tied or no head is stored.
 
     Args:
         config: its config.json.

@@ -1,9 +1,9 @@
-"""Stored tensors that an architecture has no place for, as the norms inside attention and MLP of 1bitLLM's
-models, which call themselves Llamas. transformers passes over them with a line in its log, and the model
-computes something else than its authors trained.
+"""Stored tensors that an architecture has no place for, such as the norms inside attention and MLP of
+1bitLLM's models, which are Llamas by their config. transformers skips them with a line in its log, and the
+model computes something else than its authors trained.
 
 Names alone are compared, with a model on the meta device. A checkpoint that lacks one of the model's
-parameters is saved under other names, which transformers maps on loading: nothing can be said of it.
+parameters is saved under other names, which transformers maps on loading: it is not judged.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def unplaced(config: Mapping[str, Any], stored: Collection[str]) -> list[str]:
 
 
 def note_of(names: Any) -> str | None:
-    """What to say of such tensors of a run's base; None without any, or if ``names`` is no list."""
+    """A sentence about such tensors of a run's base; None without any, or if ``names`` is no list."""
     if not isinstance(names, list) or not names:
         return None
     return (
@@ -60,7 +60,7 @@ def note_of(names: Any) -> str | None:
 
 
 def _model_by_type(config: Mapping[str, Any]) -> nn.Module | None:
-    """What transformers makes of a config whose ``architectures`` names a class of somebody's own."""
+    """The model that transformers builds of a config whose ``architectures`` names a third party's class."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     try:

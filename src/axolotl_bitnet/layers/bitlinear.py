@@ -9,11 +9,11 @@ arXiv:1308.3432) gives::
 
     dX = dY . (codes_w / s)        dW = dY^T . (codes_x / r)        dB = sum dY
 
-No gradient flows through the scales and nothing is masked. Backward needs the codes of x (a byte an element),
-its scales, the weight Parameter itself and its absmean; a copy of the weight would pin every unsharded matrix
-under FSDP, so the codes are made again.
+No gradient flows through the scales and nothing is masked. Backward needs the codes of x (a byte per
+element), its scales, the weight Parameter itself and its absmean; a copy of the weight would pin every
+unsharded matrix under FSDP, so the codes are made again.
 
-``int8_grad`` computes dX on the int8 tensor cores too: dY is quantized as activations are, a scale a token,
+``int8_grad`` computes dX on the int8 tensor cores too: dY is quantized as activations are, a scale per token,
 and the weight is exact in int8 as it is.
 
 On the way from a dense model (``ramp``, lambda < 1) both operands lie between what they were and their codes,
@@ -221,10 +221,10 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 def shared_activation_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes and scales of ``x.to(dtype)``, made once for all layers that read the same tensor.
 
-    They hang on the tensor object, which q, k and v (or gate and up) get in turn, and go with it. A write
-    through ``x.data`` between two readers goes unseen. Only for a tensor of the graph: another may be the
-    output of a CUDA graph, whose replays write to it unseen. Off in inference mode (no versions there) and
-    under torch.compile (which finds common subexpressions itself).
+    They are an attribute of the tensor object, which q, k and v (or gate and up) get in turn, and are freed
+    with it. A write through ``x.data`` between two readers is not detected. Only for a tensor of the graph:
+    another may be the output of a CUDA graph, whose replays write to it undetected. Off in inference mode (no
+    versions there) and under torch.compile (which finds common subexpressions itself).
     """
     if torch.compiler.is_compiling() or x.is_inference():
         return ops.quantize_activations(x.detach(), dtype)
@@ -247,7 +247,8 @@ _HELD = "_axolotl_bitnet_codes"
 
 @dataclass(slots=True)
 class _Held:
-    """What hangs on a tensor. Copies and pickles of the tensor go without: their versions start anew."""
+    """The attribute of a tensor. Copies and pickles of the tensor do not have it: their versions start
+    anew."""
 
     owner: weakref.ref[Tensor]
     version: int

@@ -2,12 +2,12 @@
 
 Both write a tensor only for a BitLinear to read and quantize it. Fused, the MLP never writes ``silu(gate) *
 up`` (nor keeps it for backward: it is computed again from gate and up), and the norm quantizes its output
-while it has it. The parameters stay where they were, under the same names, and the codes are those of the
-unfused layers: what changes is traffic and memory.
+while it has it. The parameters keep their places and names, and the codes are those of the unfused layers:
+only traffic and memory change.
 
-Recognized by class name, in transformers' own version and in Liger's. A module falls back to the unfused
-formula whenever something watches or manages its parts: hooks, parameters that are not there (ZeRO-3), a ramp
-under way.
+Modules are recognized by class name, in transformers' own version and in Liger's. A module falls back to the
+unfused formula whenever something watches or manages its parts: hooks, parameters that are not there
+(ZeRO-3), a ramp under way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .bitlinear import (
 )
 from .weight_codes import ternarize
 
-# Private to torch; without it nothing tells whether somebody watches all modules.
+# Private to torch; without it global hooks on all modules cannot be detected.
 _has_any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", None)
 
 LOG = logging.getLogger("axolotl.bitnet")

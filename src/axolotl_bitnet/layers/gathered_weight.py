@@ -1,4 +1,4 @@
-"""A gathered weight that is its codes, and passes for a float tensor where only shape and dtype matter."""
+"""A gathered weight that holds codes, and acts as a float tensor where only shape and dtype matter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .. import ops
 
 class GatheredLayer:
     """The weights that were gathered together. One launch makes the codes of all, when the first is read;
-    once each has been read, they are left to their readers.
+    once each has been read, only their readers hold them.
 
     Args:
         packed: uint8 (shards, ``layout.packed_size``), filled anew by each gather.
@@ -24,7 +24,7 @@ class GatheredLayer:
         self.packed, self.layout = packed, layout
         self.views = [self._view(part) for part in layout.parts]
         self._codes: Tensor | None = None
-        self._unread = 0  # a bit a weight
+        self._unread = 0  # a bit per weight
 
     def _view(self, part: Any) -> Tensor:
         size = (self.layout.shards, part.bytes, part.columns)
@@ -76,7 +76,7 @@ class GatheredWeight(Tensor):
         Args:
             packed: uint8 (shards, bytes, columns), of :func:`axolotl_bitnet.ops.pack_shard`.
             g, s: float32 () and bfloat16 (1,), read anew whenever the weight is.
-            rows, dtype: of the weight that it stands for.
+            rows, dtype: of the weight that it represents.
             layer, place: what it was gathered with, if it was, and which it is there.
         """
         shape = (rows, packed.shape[2])

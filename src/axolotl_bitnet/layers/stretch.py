@@ -1,4 +1,4 @@
-"""Latents pulled onto the ternary grid, and the way back.
+"""Latents fitted to the ternary grid, and the inverse.
 
 A dense matrix has one best scale ``alpha`` for its ternary copy, some 1.3 to 1.6 times its mean magnitude,
 but the definition takes the mean magnitude itself. Stretched, what lies beyond ``alpha / 2`` is moved away
@@ -8,7 +8,7 @@ from it by one factor ``k``, chosen so that the mean magnitude *is* alpha::
     L = sign(W) (alpha / 2 + k (|W| - alpha / 2))  elsewhere
 
 so that :func:`axolotl_bitnet.ternary.ternarize` gives the codes ``round(W / alpha)`` and the scale of alpha.
-It is undone element by element, so a ramp from the dense model needs no copy of W.
+It is inverted element by element, so a ramp from the dense model needs no copy of W.
 """
 
 from __future__ import annotations

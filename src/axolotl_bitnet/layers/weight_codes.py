@@ -1,12 +1,12 @@
-"""The codes of a weight, from wherever they are: its latents, what was kept of them, or a gathered weight.
+"""The codes of a weight, from its latents, from what was kept of them, or from a gathered weight.
 
 A step of several micro-batches, or with activation checkpointing, reads every weight more than once, and
-would quantize it each time. Whether a weight changed in between cannot be told by looking: fused optimizers
-do not bump its version, and writes through ``.data`` never do. So nothing is kept unless the one who runs the
-loop says that no weight changes, and until when: here the Trainer's own callbacks do, from the first
-micro-batch to the optimizer step. What is kept is a byte a weight; under FSDP2, where no rank has whole
-weights to keep, the gather packs each shard once instead. A step of any torch optimizer ends the window too,
-should an interrupted run have left it open.
+would quantize it each time. A change in between cannot be detected: fused optimizers do not increase a
+weight's version, and writes through ``.data`` never do. So nothing is kept unless the training loop declares
+that no weight changes, and until when. Here the Trainer's own callbacks do, from the first micro-batch to the
+optimizer step. A byte per weight is kept; under FSDP2, where no rank has whole weights to keep, the gather
+packs each shard once instead. A step of any torch optimizer ends the window too, in case an interrupted run
+left it open.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _window: Window | None = None
 
 
 def ternarize(weight: Tensor) -> _Codes:
-    """:func:`axolotl_bitnet.ops.ternarize`, once for as long as the weights are said not to change."""
+    """:func:`axolotl_bitnet.ops.ternarize`, once for as long as the weights are declared constant."""
     if torch.compiler.is_compiling():
         return ops.ternarize(weight)
     if type(weight) is GatheredWeight:  # not through torch's dispatcher: it takes longer than a launch
@@ -68,7 +68,7 @@ def transposed_codes(weight: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keep_weight_codes(whole: bool = True) -> None:
-    """From now on, no weight changes. What an earlier call kept is forgotten.
+    """Declare all weights constant from now on. What an earlier call kept is dropped.
 
     Args:
         whole: keep the codes of whole weights. Under FSDP these are not there for long.
@@ -79,13 +79,13 @@ def keep_weight_codes(whole: bool = True) -> None:
 
 
 def forget_weight_codes() -> None:
-    """From now on, weights may change."""
+    """Declare that weights may change from now on."""
     global _window
     _window = None
 
 
 def window() -> Window | None:
-    """The time without a change that it is now, if one was declared."""
+    """The window without a change that is open now, if there is one."""
     return _window
 
 
@@ -96,7 +96,7 @@ def _forget_after_optimizer_steps() -> None:
 
 @contextmanager
 def weights_unchanged() -> Iterator[None]:
-    """For training loops of one's own: no weight changes inside this block."""
+    """For a training loop of your own: no weight changes inside this block."""
     keep_weight_codes()
     try:
         yield

@@ -1,4 +1,4 @@
-"""A fingerprint of what trained: digests of the ternary codes and the scales, a tensor each.
+"""A fingerprint of the trained model: a digest of the codes and the scale of each ternary matrix.
 
 The digest of a matrix is a sum over its elements, modulo 2^64, of the code times an odd weight made from its
 row times an odd weight made from its column. A sum may be taken in any order and over any blocks of rows, so

@@ -26,7 +26,7 @@ LOG = logging.getLogger("axolotl.bitnet")
 
 CONFIG_KEY = "axolotl_bitnet"
 """Key of config.json under which a converted model lists its ternary and its dense linear layers: an entry
-as :meth:`Plan.to_entry` makes it. ``ramp`` and ``format`` are added to it where they say something."""
+as :meth:`Plan.to_entry` makes it. ``ramp`` and ``format`` are added to it where they apply."""
 
 
 RAMP_KEY = "ramp"
@@ -34,7 +34,7 @@ RAMP_KEY = "ramp"
 
 
 FORMAT_KEY = "format"
-"""In that entry: how the ternary layers are stored, where nothing else in the config says it."""
+"""In that entry: how the ternary layers are stored, where nothing else in the config shows it."""
 
 
 _HEADS = {"lm_head", "embed_out", "score", "classifier"}
@@ -67,10 +67,10 @@ class Plan:
 
     @classmethod
     def from_entry(cls, entry: Any) -> Plan | None:
-        """The plan that an entry holds; None if it is none, or names no layer.
+        """The plan that an entry holds; None if it holds none, or names no layer.
 
         Raises:
-            ValueError: names in it are none.
+            ValueError: it holds anything but names of layers.
         """
         if not isinstance(entry, dict) or not entry.get("converted"):
             return None
@@ -97,9 +97,9 @@ def unfinished_ramp(entry: Any) -> str | None:
         return None
     value = value if isinstance(value, int | float) else float("nan")
     return (
-        f"the ramp had come to lambda = {value:.3g} when this was saved: what trained lies between the dense "
-        "model and the ternary one, and its codes are another model. Go on until lambda is 1: resume from "
-        "the last checkpoint with more steps (max_steps, num_epochs), or train anew with fewer ramp_steps"
+        f"the ramp had come to lambda = {value:.3g} when this was saved: the model is between the dense and "
+        "the ternary one, and its codes are another model. Train until lambda is 1: resume from the last "
+        "checkpoint with more steps (max_steps, num_epochs), or train again with fewer ramp_steps"
     )
 
 
@@ -107,7 +107,7 @@ def too_short(ramp_steps: int, max_steps: int) -> str:
     """What is wrong with a run that ends before its ramp."""
     return (
         f"`bitnet.ramp_steps: {ramp_steps}` and a run of {max_steps} steps: it would end before the model is "
-        "ternary. Set ramp_steps lower (a tenth of the steps, say), or train for longer"
+        "ternary. Set ramp_steps lower (a tenth of the steps), or train longer"
     )
 
 
@@ -181,7 +181,9 @@ def _unfit(name: str, module: nn.Module) -> str | None:
         return f"{name} is a {kind_name}, not a plain nn.Linear: add it to skip_modules to leave it so"
     if _is_auto_bitlinear(module):
         if getattr(module, "rms_norm", None) is not None:
-            return f"{name} normalizes inside the layer (use_rms_norm), which the packed format cannot say"
+            return (
+                f"{name} normalizes inside the layer (use_rms_norm), for which the packed format has no place"
+            )
         if not module.online_quant:
             return f"{name} holds codes beside a weight_scale: start from the bf16 latents"
     if "forward" in vars(module) and not hasattr(module, "_old_forward"):
@@ -225,7 +227,7 @@ def _saved_as(model: nn.Module, names: list[str]) -> dict[str, str]:
     vision-language models: beginnings of names, and what they become.
 
     Raises:
-        ConversionError: it saves one merged with others, or in pieces: there would be nothing to pack.
+        ConversionError: it saves one merged with others, or in pieces, which could not be packed.
     """
     if not hasattr(model, "save_pretrained"):
         return {}
@@ -233,9 +235,8 @@ def _saved_as(model: nn.Module, names: list[str]) -> dict[str, str]:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:
         LOG.warning(
-            "transformers %s has no revert_weight_conversion: layers are taken to be saved under the names "
-            "that "
-            "the model gives them. If it saves them otherwise (as Llava does), packing will name the first",
+            "transformers %s has no revert_weight_conversion: layers are assumed to be saved under the names "
+            "that the model gives them. If they are not (as in Llava), packing fails and names the first",
             version("transformers"),
         )
         return {}

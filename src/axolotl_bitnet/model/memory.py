@@ -30,7 +30,7 @@ _FIXED = 0.09 * GIB  # workspaces of the libraries
 
 @dataclass(frozen=True)
 class Settings:
-    """What a config says about memory.
+    """The settings of a config that decide memory.
 
     Attributes:
         tokens: of a micro-batch on one GPU; both answers of a preference pair count.
@@ -87,9 +87,10 @@ def step_memory(outline: Outline, settings: Settings, gpus: int) -> Memory:
 
     - *Weights, gradients, moments*: of every parameter, divided by the GPUs under FSDP2. Without FSDP2
       Axolotl keeps embedding and head in float32 whatever the latents are.
-    - *Kept codes*: a byte a ternary weight, from a step's first micro-batch to its optimizer step
+    - *Kept codes*: a byte per ternary weight, from a step's first micro-batch to its optimizer step
       (not under FSDP2).
-    - *Saved activations*: with checkpointing each layer's input, 4 bytes an element. Else what a layer saves.
+    - *Saved activations*: with checkpointing each layer's input, 4 bytes per element. Else what a layer
+    saves.
     - *Work*: the larger of the head (float32 logits and their gradients, 12 bytes a logit, 14 under FSDP2)
       and one layer's backward; the head's bfloat16 copy; under FSDP2 what is gathered.
     """

@@ -17,7 +17,7 @@ _BIASED = {"llama": (), "mistral": (), "qwen2": ("q_proj", "k_proj", "v_proj"), 
 
 
 class UnknownShape(ValueError):
-    """The config does not say enough, or is of an architecture that is not known here."""
+    """The config lacks a size, or is of an architecture that is not known here."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Outline:
-    """What memory and file sizes follow from.
+    """The sizes from which memory and file sizes are computed.
 
     Attributes:
         ternary, dense: linear layers that become ternary, and the others.

@@ -1,4 +1,4 @@
-"""A look at the base model before training: is it latent, already ternary, broken, or was it never ternary?
+"""The base model measured before training: is it latent, already ternary, broken, or was it never ternary?
 
 A base whose matrices are dense ternary (``codes / s``: the Falcon3-10B "prequantized", any bf16 revert) would
 silently lose scale when quantized again, by the share of its non-zeros. Such a matrix is replaced by latents
@@ -32,11 +32,11 @@ class Preflight:
     Attributes:
         rescaled: dense ternary matrices that were replaced by latents with the same codes and scale.
         shrunk: dense ternary matrices for which there are no such latents: their scale will shrink.
-        several: matrices that are ternary with a scale a row or a group, and how these lie.
+        several: matrices that are ternary with a scale per row or group, and which of the two.
         zero: matrices of zeros only.
         broken: matrices that hold a NaN or an Inf.
         change: mean over the matrices of ``|W - codes / s| / |W|`` (Frobenius norms), how far quantization
-            moves them; of large ones, every n-th row is asked.
+            moves them; of large ones, every n-th row is measured.
     """
 
     rescaled: list[str] = field(default_factory=list)
@@ -47,11 +47,11 @@ class Preflight:
     change: float = 0.0
 
     def warnings(self, maybe_dense: bool = True) -> list[str]:
-        """What the user should know before paying for the run, in plain words.
+        """Sentences that warn before the run.
 
         Args:
-            maybe_dense: whether the base can be a dense model: not if it says it was trained ternary, or is
-                random.
+            maybe_dense: whether the base can be a dense model: not if its config shows ternary training, or
+                its weights are random.
         """
         lines = []
         if self.broken:
@@ -79,16 +79,16 @@ class Preflight:
         elif maybe_dense and self.change > NEVER_TERNARY:
             lines.append(
                 "this base may never have been ternary: quantization changes its matrices by "
-                f"{self.change:.0%} on average. Expect the loss to start far above the dense model's, and to "
-                "need a long training"
+                f"{self.change:.0%} on average. Expect a first loss far above the dense model's, and a long "
+                "training (bitnet.ramp_steps and bitnet.teacher shorten it)"
             )
         return lines
 
 
 @torch.no_grad()
 def preflight(model: nn.Module, names: Iterable[str]) -> Preflight:
-    """Inspect, and where needed rescale in place, the weights of the named layers. Weights on meta are passed
-    over; those that ZeRO-3 partitioned are gathered one at a time, so every rank must call this.
+    """Inspect, and where needed rescale in place, the weights of the named layers. Weights on meta are
+    skipped; those that ZeRO-3 partitioned are gathered one at a time, so every rank must call this.
 
     Args:
         model: the model, loaded, before any sharding.

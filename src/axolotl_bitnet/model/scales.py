@@ -1,7 +1,7 @@
-"""Ternary matrices with a scale a row or a group: those of TriLM, BitCPM, Bonsai, Axolotl's ternary qat.
+"""Ternary matrices with a scale per row or group: those of TriLM, BitCPM, Bonsai, Axolotl's ternary qat.
 
-This package's formats hold one scale a matrix. Such a matrix has values of many magnitudes and would pass for
-one that was never ternary, so it is told apart by its rows and groups, each of which has one.
+This package's formats hold one scale per matrix. Such a matrix has values of many magnitudes and would seem
+never ternary, so it is recognized by its rows or groups, each of which has one magnitude.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ GROUPS = (256, 128, 64, 32)
 
 
 def several_scales(weight: Tensor) -> str | None:
-    """How the scales of a ternary matrix lie: "by rows", or "by groups of G" of a row; None where its rows
-    are not ternary so, or where one scale serves them all.
+    """What each scale of a ternary matrix is for: "by rows", or "by groups of G" of a row; None where its
+    rows are not ternary so, or where all have one scale.
 
     Args:
-        weight: floating point (rows, columns), or a block of whole rows. Rows of zeros say nothing.
+        weight: floating point (rows, columns), or a block of whole rows. Rows of zeros are ignored.
     """
     size = weight.abs()
     if weight.numel() == 0 or weight.shape[1] < min(GROUPS) or not bool(size.any()):
@@ -39,8 +39,8 @@ def _one_each(size: Tensor) -> bool:
 
 
 def lost(layout: str, count: int) -> str:
-    """What to say of ``count`` such matrices."""
+    """A sentence's part about ``count`` such matrices."""
     return (
-        f"ternary, with several scales a matrix ({layout}; {count} matrices), which this package's formats "
+        f"ternary, with several scales per matrix ({layout}; {count} matrices), which this package's formats "
         "cannot carry: they hold one a matrix"
     )

@@ -1,7 +1,7 @@
-"""The whole weights of a live model, one unit or one matrix at a time, whatever holds its shards.
+"""The whole weights of a live model, one unit or one matrix at a time, however it is sharded.
 
 FSDP2 keeps rows of each matrix (DTensors); the pieces of FSDP1 (of a flat parameter) and of ZeRO-3 end
-anywhere in a row. To gather them all ranks must take part, in the same order.
+anywhere in a row. All ranks must gather, in the same order.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def gathered(weight: Tensor, write: bool = False) -> AbstractContextManager[Any]:
-    """Holds a weight that ZeRO-3 partitioned together; does nothing to any other.
+    """Gathers a weight that ZeRO-3 partitioned, within the block; does nothing to any other.
 
     Args:
         weight: the parameter.

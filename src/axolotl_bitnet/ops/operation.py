@@ -1,12 +1,13 @@
-"""How an operation is written: its body in plain torch, and beside it its kernel and what a compiler is told.
+"""How an operation is written: its body in plain torch, its kernel, and its fake for a compiler.
 
 The body is the definition's arithmetic (:mod:`axolotl_bitnet.ternary`). The Triton kernel of the same name
 (:mod:`axolotl_bitnet.ops.kernels`) gives the same results; it runs on NVIDIA GPUs of compute capability 8.0
 and later, and everything else takes the body.
 
-A compiler fuses what it can see into, and drops the roundings to bfloat16 in between: the codes would no
-longer be the definition's. So under torch.compile an operation is opaque (``torch.ops.axolotl_bitnet.*``),
-and there is no graph break; in eager mode it is a plain call, without the cost of the dispatcher.
+A compiler fuses the operations that it can trace, and drops the roundings to bfloat16 in between: the codes
+would no longer be the definition's. So under torch.compile an operation is opaque
+(``torch.ops.axolotl_bitnet.*``), and there is no graph break; in eager mode it is a plain call, without the
+cost of the dispatcher.
 """
 
 from __future__ import annotations

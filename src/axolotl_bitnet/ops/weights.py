@@ -66,7 +66,7 @@ def transposed_codes(weight: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     lambda codes: codes.new_empty((codes.shape[0] // ROWS_PER_BYTE, codes.shape[1]), dtype=torch.uint8),
 )
 def pack_codes(codes: Tensor) -> Tensor:
-    """int8 codes (rows, columns), rows a multiple of 4, to uint8 (rows / 4, columns): 2 bits a code.
+    """int8 codes (rows, columns), rows a multiple of 4, to uint8 (rows / 4, columns): 2 bits per code.
 
     Byte ``[r, c]`` holds the codes, plus one, of rows ``r``, ``r + rows/4``, ``r + 2 rows/4`` and ``r + 3
     rows/4`` at bits 0, 2, 4 and 6.
@@ -154,8 +154,8 @@ class Part(NamedTuple):
 
 
 class ShardLayout:
-    """How the packed shards of several weights lie one after the other, and their codes; each begins at a
-    multiple of 16 bytes, as kernels like it."""
+    """Where the packed shards of several weights are, one after the other, and their codes; each begins at a
+    multiple of 16 bytes, to which kernels' loads are aligned."""
 
     def __init__(self, shards: int, shapes: Iterable[tuple[int, int]]) -> None:
         """

@@ -2,7 +2,7 @@
 reason.
 
 Axolotl mixes :class:`BitNetArgs` into its own config class and runs the validator here on all keys, before
-anything is loaded. Without ``use_onebitllms: true`` nothing is checked but one thing: a ``bitnet:`` block
+anything is loaded. Without ``use_onebitllms: true`` only a ``bitnet:`` block is refused, because the run
 would train dense.
 """
 
@@ -113,7 +113,7 @@ class BitNetConfig(BaseModel):
     verify: bool = Field(
         default=True,
         json_schema_extra={
-            "description": "Hold every artifact against the fingerprint of the trained model."
+            "description": "Compare every artifact with the fingerprint of the trained model."
         },
     )
 
@@ -134,7 +134,7 @@ class BitNetArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def refuse_what_cannot_work(cls, data: Any) -> Any:
-        """Raise ValueError with a sentence saying why, and what to do instead."""
+        """Raise ValueError with the reason, and what to do instead."""
         if not isinstance(data, Mapping):
             return data
         if not data.get("use_onebitllms"):
@@ -150,7 +150,7 @@ class BitNetArgs(BaseModel):
 
     @model_validator(mode="after")
     def refuse_under_fsdp(self) -> BitNetArgs:
-        """After Axolotl's own validators, which know what a missing version means (1 in 0.19, 2 in 0.21)."""
+        """After Axolotl's own validators, which set a missing version (1 in 0.19, 2 in 0.21)."""
         values = vars(self)  # reading the deprecated `fsdp` as an attribute would warn
         if self.use_onebitllms and (problems := fsdp_refusals(values)):
             raise ValueError("; ".join(problems))

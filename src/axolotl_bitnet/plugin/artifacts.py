@@ -1,5 +1,5 @@
-"""The end of a run: make artifacts of what was saved, prove that each is what trained, and write it all down
-in ``bitnet.json``."""
+"""The end of a run: make artifacts of the saved latents, verify that each is the trained model, and record
+both in ``bitnet.json``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..verify.verify import VerificationError, VerificationReport, compare
 
 _LEFTOVER = re.compile(rf"\.({'|'.join((*FOLDERS, REPORT, ASIDE))})\.(partial|old)-.*")  # of a killed writing
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
-_METADATA = 1 << 26  # bytes in which a GGUF file's is looked for
+_METADATA = 1 << 26  # bytes in which a GGUF file's metadata is searched
 
 
 def set_aside(output_dir: str | Path, weights: bool = True) -> list[str]:
@@ -31,8 +31,7 @@ def set_aside(output_dir: str | Path, weights: bool = True) -> list[str]:
     taken for this run's, nor mixed with them.
 
     They go to ``output_dir/_previous`` (``_previous-2``, ... if there is one) and are deleted by
-    :func:`finish_run` when this run's are in place. What nothing tells to be an artifact of ours stays where
-    it is.
+    :func:`finish_run` when this run's are in place. Whatever carries no sign of this package is not touched.
     """
     folder = Path(output_dir)
     if not folder.is_dir():
@@ -103,8 +102,8 @@ def _new_aside(folder: Path) -> Path:
 
 
 def _delete_leftovers(folder: Path) -> None:
-    """A previous run's files, and what a killed writing left. A folder of the first kind gets a name of the
-    second before it is deleted, for its mark may be deleted before the rest."""
+    """Delete a previous run's files, and what an interrupted write left. A folder of the first kind gets a
+    name of the second before it is deleted, because its mark may be deleted before the rest."""
     for path in [path for path in folder.iterdir() if _LEFTOVER.fullmatch(path.name)]:
         shutil.rmtree(path, ignore_errors=True)
     for path in [path for path in folder.iterdir() if (path / MADE_HERE).is_file()]:
@@ -125,15 +124,15 @@ def finish_run(
         output_dir: where the latents are; artifacts go into folders below it, ``bitnet.json`` beside them.
         trained: fingerprint of the live model at the end of training.
         export: artifacts to make, names of :data:`~axolotl_bitnet.formats.registry.FORMATS`.
-        verify: hold them (with no artifact, the latents) against the fingerprint.
+        verify: compare them (with no artifact, the latents) with the fingerprint.
 
     Returns:
-        The last artifact's report, empty without verification: all of them say the same.
+        The last artifact's report (all are alike); empty without verification.
 
     Raises:
         CheckpointError: no latents were saved, or they cannot be exported.
-        VerificationError: what was saved is not what trained; the artifact is not left under its name.
-        Exception: whatever else the first failure was. ``bitnet.json`` has the errors of all.
+        VerificationError: an artifact is not the trained model; it is not left under its name.
+        Exception: any other first failure. ``bitnet.json`` has the errors of all.
     """
     folder, wanted = Path(output_dir), set(export)
     record: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The base model before its weights are loaded: what its config alone rules out, and where its files are."""
+"""The base model before its weights are loaded: what its config alone excludes, and where its files are."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def refuse_exports(cfg: Any, config: Any, folder: Path | None, export: Sequence[
         export: names of formats.
 
     Raises:
-        ConversionError: one of them would fail after the training; says which, and why.
+        ConversionError: one of them would fail after the training; the message names it and the reason.
     """
     told = config.to_dict()
     if cfg.reward_model or cfg.process_reward_model:
@@ -67,8 +67,8 @@ def refuse_exports(cfg: Any, config: Any, folder: Path | None, export: Sequence[
 
 
 def holds_latents(cfg: Any) -> bool:
-    """Whether the base is what a ternary run saved: latents, which computed as dense weights are another
-    model. Its dense revert is not: that is meant to be computed so."""
+    """Whether the base holds the latents of a ternary run, which computed as dense weights are another model.
+    False for a dense revert, whose weights are computed as they are."""
     folder = local_folder(cfg)
     try:
         config = read_json(folder / "config.json") if folder is not None else {}
@@ -78,8 +78,8 @@ def holds_latents(cfg: Any) -> bool:
 
 
 def lost_head(cfg: Any) -> str | None:
-    """A warning where the base's config says that head and embedding are tied and its file holds a head of
-    its own: Axolotl ties the weights of what it has loaded, and that head is lost."""
+    """A warning where head and embedding are tied by the base's config and its file holds a head of its own:
+    Axolotl ties the loaded weights, and that head is lost."""
     folder = local_folder(cfg)
     try:
         if folder is None or not says_tied(config := read_json(folder / "config.json")):
@@ -92,7 +92,7 @@ def lost_head(cfg: Any) -> str | None:
     if found is None or found[1]:
         return None
     return (
-        f"{cfg.base_model} says `tie_word_embeddings: true` and holds '{found[0]}', which differs from its "
+        f"{cfg.base_model} has `tie_word_embeddings: true` and holds '{found[0]}', which differs from its "
         "embedding. Loading ties the two, and that head is lost. To train with it, set tie_word_embeddings "
         "to false in the base's config.json"
     )

@@ -47,7 +47,8 @@ def watch(
 
 
 def gathering(cfg: Any, trainer: Any, wish: str) -> list[Any]:
-    """The callback that makes FSDP2 gather 2-bit codes, where that is asked for or possible; and says so."""
+    """The callback that makes FSDP2 gather 2-bit codes, where that is asked for or possible; the log has
+    which."""
     if str(cfg.fsdp_version) != "2":
         return []
     reason = "bitnet.gather: native"
@@ -65,5 +66,5 @@ def gathering(cfg: Any, trainer: Any, wish: str) -> list[Any]:
             reference = getattr(trainer, "ref_model", None)
             references = [] if reference is None else [reference]
             return [GatherTernary(*references, required=wish == "ternary")]
-    info("FSDP2 gathers weights as they are (%s)", reason)
+    info("FSDP2 gathers whole weights (%s)", reason)
     return []

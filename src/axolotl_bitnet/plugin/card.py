@@ -1,6 +1,6 @@
 """The model card: how to run each artifact, below what Axolotl wrote.
 
-Our part of README.md stands between two marks, and is replaced, not added to, when there is another run.
+Our part of README.md is between two marks; another run replaces it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write_card(output_dir: str | Path, artifacts: Sequence[str], repository: str
     Args:
         output_dir: a run's folder. Where Axolotl left no README.md, one is made.
         artifacts: names of :data:`~axolotl_bitnet.formats.registry.FORMATS`; with none, an earlier run's
-            part is taken out.
+            part is removed.
         repository: where they will be on the hub; None for a run that does not push.
     """
     path = Path(output_dir) / CARD
@@ -80,7 +80,7 @@ def _section(output_dir: Path, artifacts: Sequence[str], repository: str | None)
 
 
 def _unplaced(output_dir: Path) -> str | None:
-    """What the run wrote down of tensors that it did not load."""
+    """The run's record of tensors that it did not load."""
     try:
         return note_of(read_json(output_dir / RUN_LOG).get(KEY))
     except CheckpointError:

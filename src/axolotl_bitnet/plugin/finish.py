@@ -21,7 +21,7 @@ LOG = logging.getLogger("axolotl.bitnet")
 def export_run(
     output_dir: Path, trained: Fingerprint, options: BitNetConfig, repository: Repository | None
 ) -> None:
-    """Make what `bitnet.export` asks for, say so in the log and on the model card, and push it.
+    """Make what `bitnet.export` asks for, write it into the log and the model card, and push it.
 
     Raises:
         Exception: the first failure; what could be made is in place, and so are the latents.
@@ -62,8 +62,8 @@ def _tell_failure(output_dir: Path, options: BitNetConfig) -> None:
         if name in options.export and name not in made
     ]
     LOG.error(
-        "the ternary model could not be exported%s; what was trained is saved in %s, and %s there says what "
-        "was wrong. When the cause is mended, run: %s",
+        "the ternary model could not be exported%s; the trained latents are saved in %s, and %s there has "
+        "the error. Correct its cause, then run: %s",
         f" (but for {', '.join(made)})" if made else "",
         output_dir,
         RUN_FILE,
@@ -72,7 +72,7 @@ def _tell_failure(output_dir: Path, options: BitNetConfig) -> None:
 
 
 def _card(output_dir: Path, repository: Repository | None) -> None:
-    """A card is worth no run."""
+    """A card that fails is logged; the run goes on."""
     try:
         write_card(output_dir, list(made_in(output_dir)), repository.name if repository else None)
     except Exception as error:

@@ -1,8 +1,8 @@
 """The hub: Axolotl pushes the latents, before anything can be made of them; the artifacts follow in one
 commit.
 
-They lie beside the latents in the same repository, with the ``bitnet.json`` that they were verified by and
-the model card that says how to run them.
+They are beside the latents in the same repository, with the ``bitnet.json`` that they were verified by and
+the model card with the commands that run them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def repository_of(trainer: Any) -> Repository | None:
 
 @contextmanager
 def published(output_dir: str | Path, repository: Repository | None) -> Iterator[None]:
-    """Push the artifacts that the body makes, those that it made before it failed too; and take an earlier
+    """Push the artifacts that the body makes, those that it made before it failed too; and remove an earlier
     run's from the repository, whose latents are this run's already.
     """
     try:

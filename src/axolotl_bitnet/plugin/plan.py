@@ -1,4 +1,4 @@
-"""What a config will do, told before anything is loaded: refusals, rates, layers, memory, artifacts' sizes.
+"""What a config will do, before anything is loaded: refusals, rates, layers, memory, artifacts' sizes.
 
 Reads the YAML and the base's config.json. Imports neither Axolotl nor torch (unless GGUF or MLX is exported)
 nor pydantic (if the `bitnet:` block is plainly right), so that it answers at once. The rules are those that
@@ -44,7 +44,7 @@ _PLAIN: dict[str, Callable[[Any], bool]] = {
     "export": lambda value: _words(value) and set(value) <= FORMATS.keys(),
     **dict.fromkeys(("fuse", "int8_grad", "monitor", "verify"), lambda value: isinstance(value, bool)),
 }
-"""Values of the `bitnet:` block that are right at first sight; pydantic judges all others."""
+"""Values of the `bitnet:` block that are plainly right; pydantic checks all others."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class RunPlan:
 
     Attributes:
         refused: why the run would not start: sentences.
-        notes: what could not be said, and why.
+        notes: what could not be planned, and why.
         rates: the effective learning rates, by what they reach.
         tokens: of a micro-batch.
         memory: by the number of GPUs.
@@ -86,7 +86,7 @@ def plan_run(cfg: Mapping[str, Any], base: Mapping[str, Any] | None, folder: Pat
     """Plan a run.
 
     Args:
-        cfg: Axolotl's config, as its YAML says it.
+        cfg: Axolotl's config, as its YAML has it.
         base: the base model's config.json; None if there is none to read.
         folder: the base's files, if they are on this machine: the tokenizer decides whether GGUF is refused.
     """
@@ -201,7 +201,7 @@ def _cached(name: str, revision: str) -> Sequence[Path]:
 
 
 def _fsdp_version() -> int:
-    """What Axolotl takes a missing `fsdp_version` for."""
+    """The `fsdp_version` that Axolotl assumes where it is missing."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

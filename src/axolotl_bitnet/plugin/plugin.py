@@ -1,8 +1,8 @@
 """The Axolotl plugin: hooks only, in the order in which Axolotl calls them.
 
-Inert unless the config says ``use_onebitllms: true``: Axolotl 0.21 loads it in every run. Axolotl's core has
-a path of its own for that key, taken right after the weights are loaded; the key is hidden from it between
-two hooks.
+It does nothing without ``use_onebitllms: true``: Axolotl 0.21 loads it in every run. Axolotl's core has a
+path of its own for that key, taken right after the weights are loaded; the key is hidden from it between two
+hooks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from .upstream.trl_reference_cache import key_precomputed_references
 from .upstream.trl_vllm import push_dense_ternary
 
 _TERNARY = ("latents", "dense")
-"""What a base can be that says it was trained ternary."""
+"""Kinds of base that were trained ternary, by their config."""
 
 
 class BitNetPlugin(BasePlugin):
@@ -84,7 +84,7 @@ class BitNetPlugin(BasePlugin):
             raise ValueError(problem)
         connect_for_offload(cfg)
         if cfg.sample_packing and (missing := ask_once_a_batch()):
-            info("%s: not there, so attention to packed rows waits for the GPU in each layer", missing)
+            info("%s: missing, so attention to packed rows waits for the GPU in every layer", missing)
 
     def pre_model_load(self, cfg: Any) -> None:
         if not cfg.use_onebitllms:
@@ -92,7 +92,7 @@ class BitNetPlugin(BasePlugin):
             if holds_latents(cfg):
                 warn(
                     f"{cfg.base_model} holds the latents of a ternary model, and this config computes them "
-                    "as a dense one, with other answers. Add `use_onebitllms: true`, unless you want that"
+                    "as a dense one, with other answers. Add `use_onebitllms: true`, unless that is intended"
                 )
             return
         options = _options(cfg)
@@ -124,7 +124,7 @@ class BitNetPlugin(BasePlugin):
         if self._resumed is not None:
             refuse_other_layers(self._resumed, names, DEFINITION)
         found = preflight(model, names) if _holds_weights(cfg) else None
-        if found is None or cfg.bitnet_rate_applied:  # a reference model: the same base, already spoken of
+        if found is None or cfg.bitnet_rate_applied:  # a reference model: the same base, already reported
             return
         info("%d linear layers are ternary; the output head stays dense", len(names))
         if found.rescaled:

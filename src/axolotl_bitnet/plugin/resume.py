@@ -1,7 +1,7 @@
-"""Interrupted runs: which checkpoint to resume from, whether it is of this run, and what keeps it whole.
+"""Interrupted runs: which checkpoint to resume from, whether it is of this run, and whether it is whole.
 
-The settings of a ternary run travel in ``trainer_state.json``, which every layout of checkpoint has and which
-is written last.
+The settings of a ternary run are in ``trainer_state.json``, which every layout of checkpoint has and which is
+written last.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class TernaryRun(TrainerCallback, _ExportableState):
 
 
 def settings_of(options: BitNetConfig, entry: dict[str, Any], rounding: bool = False) -> dict[str, Any]:
-    """What a checkpoint must know of the run: the options, the model config's own entry, and whether updates
+    """What a checkpoint records of the run: the options, the model config's own entry, and whether updates
     are rounded stochastically."""
     ranks = _ranks()
     converted = {"converted": list(entry["converted"]), "definition": entry["definition"]}
@@ -100,8 +100,8 @@ def refuse_ternary_checkpoint(cfg: Any) -> None:
 def settle(cfg: Any) -> tuple[Path | None, str | None]:
     """Find the checkpoint that this run will resume from, and make sure that it is whole.
 
-    With ``auto_resume_from_checkpoints`` a checkpoint whose save was interrupted is passed over for the last
-    whole one.
+    With ``auto_resume_from_checkpoints`` a checkpoint whose save was interrupted is skipped, and the last
+    whole one is taken.
 
     Returns:
         The checkpoint, or None for a run from the start; and a warning for the log, or None.
@@ -130,7 +130,7 @@ def settle(cfg: Any) -> tuple[Path | None, str | None]:
 
 
 def refuse_other_run(checkpoint: Path, options: BitNetConfig, rounding: bool = False) -> None:
-    """Hold the settings of a whole checkpoint against this run's, before any weights are loaded.
+    """Compare the settings of a whole checkpoint with this run's, before any weights are loaded.
 
     Raises:
         ResumeError: it is of a dense run, the options that shape training differ, or the number of
@@ -176,7 +176,7 @@ def _ranks() -> int:
 
 
 def refuse_other_layers(checkpoint: Path, converted: Iterable[str], definition: int) -> None:
-    """Hold a checkpoint's ternary layers against the model's.
+    """Compare a checkpoint's ternary layers with the model's.
 
     Raises:
         ResumeError: they differ; the message names them.

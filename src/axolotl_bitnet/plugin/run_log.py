@@ -1,6 +1,6 @@
 """The callback that keeps what the report needs, and the report at the end of a run.
 
-A report is for people to read: whatever goes wrong with it is logged, and the run goes on.
+An error in the report is logged, and the run goes on.
 """
 
 from __future__ import annotations
@@ -73,4 +73,4 @@ def report_run(output_dir: str | Path) -> None:
     except ReportError as error:
         LOG.warning("no report: %s", error)
     except Exception:
-        LOG.warning("no report; the model is not concerned", exc_info=True)
+        LOG.warning("no report; the model is not affected", exc_info=True)

@@ -1,4 +1,4 @@
-"""A run's teacher and its start: what only the models tell against them, and how they are set up."""
+"""A run's teacher and its start: refusals that depend on the models, and how both are set up."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _SAMPLE = 4096
 
 
 def check_teacher(cfg: Any, options: BitNetConfig) -> None:
-    """Refuse a teacher or a start that the base's files rule out, before weights are read.
+    """Refuse a teacher or a start that the base's files exclude, before weights are read.
 
     Raises:
-        TeacherError, StretchError: the message says why, and what to do.
+        TeacherError, StretchError: the message has the reason, and what to do.
     """
     from ..training.stretch import StretchError
     from ..training.teacher import TeacherError
@@ -47,7 +47,7 @@ def check_teacher(cfg: Any, options: BitNetConfig) -> None:
 
 
 def load_teacher(cfg: Any, options: BitNetConfig, trainer: Any) -> Any:
-    """The teacher, beside the trainer's model, which learns from it from now on.
+    """Set up the teacher; the trainer's model learns from it from now on.
 
     Raises:
         TeacherError: it is quantized, or has another tokenizer, vocabulary or kind of head.
@@ -140,8 +140,8 @@ def _refuse_other_words(name: str, tokenizer: Any) -> None:
 
 @contextmanager
 def _every_rank_loads() -> Iterator[None]:
-    """With FSDP's cpu_ram_efficient_loading, transformers loads weights on one rank only, for FSDP to hand
-    them out; nobody hands out the teacher's."""
+    """With FSDP's cpu_ram_efficient_loading, transformers loads weights on one rank only, and FSDP sends them
+    to the others; nothing sends the teacher's."""
     key = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     held = os.environ.get(key)
     os.environ[key] = "false"

@@ -1,4 +1,4 @@
-"""What the page says in words and figures: the verdict, the tiles, artifacts and their sizes."""
+"""The page's words and figures: the verdict, the tiles, artifacts and their sizes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def verdict(run: Run) -> dict[str, str]:
     layers = sum(layer.shape is not None for layer in run.layers.values())
     proof = f"{', '.join(good)}: {weights:,} codes and {layers} scales are the trained ones, exactly."
     if failed := [name for name, word in words.items() if word == FAILED]:
-        text = f"{', '.join(failed)}: the reason stands below. {proof if good else ''}"
+        text = f"{', '.join(failed)}: the reason is below. {proof if good else ''}"
         return {"kind": "bad", "word": "Not made", "text": text.strip()}
     if good:
         return {"kind": "good", "word": "Verified", "text": proof}
-    text = "The artifacts were not held against the trained model." if words else "There are no artifacts."
+    text = "The artifacts were not compared with the trained model." if words else "There are no artifacts."
     return {"kind": "open", "word": "Not verified", "text": text}
 
 
@@ -105,7 +105,7 @@ def _method(config: Mapping[str, Any]) -> str:
 
 
 def tiles(run: Run) -> list[tuple[str, str]]:
-    """The figures people look for first: (what, value)."""
+    """The figures that readers need first: (what, value)."""
     loss, ternary = _last(run, "eval_loss"), _last(run, "eval_ternary_loss")
     found: list[tuple[str, str | None]] = [
         ("training loss", _last(run, "loss")),

@@ -23,7 +23,7 @@ def write_report(output_dir: str | Path) -> Path:
     """Write what is known of a run, finished or not, into ``output_dir/report``, replacing an earlier report.
 
     Read are ``run.json``, ``bitnet.json``, ``monitor.json`` and the log of the last checkpoint, whichever are
-    there; what is missing is left out, and the page says so.
+    there; what is missing is left out, and the page lists it.
 
     Returns:
         The page, ``index.html``: self-contained. The plots are beside it as PNG files, too.

@@ -1,6 +1,6 @@
-"""What a run writes down of itself for the report, in ``run.json``: config, versions, machine, log.
+"""A run's record for the report, ``run.json``: config, versions, machine, log.
 
-Neither Axolotl nor the Trainer leaves them: the logs are in checkpoints alone, up to the last one.
+Axolotl and the Trainer leave no such record: the logs are in checkpoints alone, up to the last one.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ _SECRET_VALUE = re.compile(
 def redact(value: Any, key: str = "") -> Any:
     """A config as plain JSON values, without its secrets and without its empty (None) entries.
 
-    Hidden are texts under a key that sounds like a secret (`hub_token`, `wandb_api_key`, ...), and within any
-    text what looks like an access token or the credentials in an address. Rather too much than too little.
+    Removed are texts under the key of a secret (`hub_token`, `wandb_api_key`, ...), and within any text
+    whatever has the form of an access token or of the credentials in an address. In doubt, a text is removed.
     """
     if isinstance(value, Mapping):
         return {str(k): redact(v, str(k)) for k, v in value.items() if v is not None}
@@ -92,7 +92,7 @@ def begun(config: Mapping[str, Any], processes: int, resumed_at: int | None) -> 
     Args:
         config: as the user gave it; secrets are left out here.
         processes: number of processes that train.
-        resumed_at: step of the checkpoint that it goes on from.
+        resumed_at: step of the checkpoint that it continues from.
     """
     return {
         "started": now(),

@@ -16,12 +16,12 @@ from .record import redact
 
 
 class ReportError(ValueError):
-    """There can be no report; the message says what to do."""
+    """There can be no report; the message has what to do."""
 
 
 @dataclass
 class TrainedLayer:
-    """One ternary matrix: what training ended with (fingerprint) and how it came there (monitor)."""
+    """One ternary matrix: its state at the end (fingerprint) and its changes (monitor)."""
 
     name: str
     shape: tuple[int, int] | None = None
@@ -36,7 +36,7 @@ class TrainedLayer:
 
     @property
     def was_zero(self) -> bool:
-        """Whether all its latents were zero at the start: it tells nothing of the others."""
+        """Whether all its latents were zero at the start: it shows nothing about the others."""
         return self.zeros == 1 and (self.scale_start is None or self.scale_start <= EPSILON)
 
     @property
@@ -49,7 +49,7 @@ class TrainedLayer:
 
 @dataclass
 class Run:
-    """A run as its files tell it.
+    """A run as it is in its files.
 
     Attributes:
         folder: as it was named.
@@ -164,7 +164,7 @@ def _read_layers(run: Run) -> None:
 
 
 def row_and_column(name: str) -> tuple[str, str]:
-    """Where a layer stands in a grid: `model.layers.3.self_attn.q_proj` is (`layers.3`, `q_proj`).
+    """A layer's place in a grid: `model.layers.3.self_attn.q_proj` is (`layers.3`, `q_proj`).
 
     Further numbers, as experts have, fall together in one column.
     """

@@ -17,8 +17,8 @@ REMEDIES = {
     errno.EDQUOT: "free some of your quota, or name a folder on another disk",
     errno.EFBIG: "the system limits the size of files here (ulimit -f): name another folder",
     errno.EROFS: "the disk is read-only: name another folder",
-    errno.EACCES: "its folder may not be written by you: name another one",
-    errno.EPERM: "its folder may not be written by you: name another one",
+    errno.EACCES: "you may not write into its folder: name another one",
+    errno.EPERM: "you may not write into its folder: name another one",
     errno.ENOTDIR: "a part of this path is a file: name another folder",
     errno.EEXIST: "a part of this path is a file: name another folder",
     errno.EIO: "the disk failed: name a folder on another one",
@@ -45,7 +45,7 @@ def require_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Within, an error of the disk says what could not be written and what to do.
+    """Within, an error of the disk names what could not be written and what to do.
 
     Raises:
         CheckpointError: instead of such an OSError.
@@ -62,7 +62,7 @@ def disk_errors(target: Path) -> Iterator[None]:
 
 
 def require_apart(source: Path, target: Path) -> None:
-    """Make sure that writing ``target`` cannot take ``source`` away.
+    """Make sure that writing ``target`` cannot delete ``source``.
 
     Raises:
         CheckpointError: the target is the source, or a folder around it.
@@ -74,7 +74,7 @@ def require_apart(source: Path, target: Path) -> None:
 
 @contextmanager
 def whole_folder(target: str | Path, replaces: Callable[[Path], bool] | None = None) -> Iterator[Path]:
-    """A folder that appears at ``target`` when everything in it is written, and not at all on an error.
+    """A folder that appears at ``target`` when it is complete, and not at all on an error.
 
     Args:
         target: the folder to be.
@@ -114,9 +114,8 @@ def _refuse_folder(target: Path, replaces: Callable[[Path], bool] | None) -> Non
     if others:
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
         raise CheckpointError(
-            f"{target} holds {', '.join(others[:4])}{more}, which would be lost: only a folder with nothing "
-            "but "
-            "what is written here is replaced. Name another folder, or move these away"
+            f"{target} holds {', '.join(others[:4])}{more}, which would be lost: only a folder that holds "
+            "nothing but this package's files is replaced. Name another folder, or move these away"
         )
 
 

@@ -1,9 +1,8 @@
 """Work on blocks of a tensor in several threads, in order and in bounded memory.
 
-Each thread computes with one thread of torch's own: torch's operations, which a pool of OpenMP threads
-shares, gain little on blocks and lose much (a factor of 3 to 10, measured) on a machine that does something
-else as well, since those threads wait for one another spinning. torch drops the GIL while it computes, and
-Python while it reads.
+Each thread computes with one thread of torch's own. A pool of OpenMP threads gains little on blocks, and is 3
+to 10 times slower (measured) on a machine with other work, because its threads spin while they wait for one
+another. torch drops the GIL while it computes, and Python while it reads.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 BLOCK = 1 << 19
-"""Elements of a block: its temporaries, some 12 bytes an element, are what a thread needs."""
+"""Elements of a block: its temporaries, some 12 bytes per element, are what a thread needs."""
 
 MOST_THREADS = 8
 """Beyond it a disk is the limit, and the memory of the blocks would be felt."""
@@ -45,11 +44,11 @@ def row_ranges(rows: int, columns: int, elements: int = BLOCK) -> list[tuple[int
 
 
 def parallel_map(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """``map(function, items)`` by as many threads as there are processors; at most twice as many results
-    wait to be taken.
+    """``map(function, items)`` by as many threads as there are processors; at most twice as many results are
+    kept waiting.
 
-    ``torchrun`` sets OMP_NUM_THREADS to 1 for the sake of the ranks; packing, which one rank does, is not
-    bound by it.
+    ``torchrun`` sets OMP_NUM_THREADS to 1 because there are several ranks; packing, which one rank does, does
+    not use that number.
     """
     threads = min(_processors(), MOST_THREADS, len(items))
     if threads <= 1:
@@ -72,6 +71,7 @@ def parallel_map(function: Callable[[Item], Result], items: Sequence[Item]) -> I
 
 
 def _processors() -> int:
-    """Those that this process may use; where the system does not tell (macOS, Windows), all there are."""
+    """Processors that this process may use; all there are where the system has no such list (macOS,
+    Windows)."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

@@ -1,6 +1,6 @@
-"""How far a long work has come. Who writes or reads announces it here; who wants to show it listens.
+"""Progress of long work. A writer or reader announces it here; a listener shows it.
 
-With nobody listening it costs nothing, and no writer has to hand a callback on.
+Without a listener it costs nothing, and no writer has to pass a callback on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Within, ``listener`` is told of every work that begins."""
+    """Within, ``listener`` is called for every work that begins."""
     token = _LISTENER.set(listener)
     try:
         yield

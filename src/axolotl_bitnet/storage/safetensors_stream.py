@@ -47,7 +47,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 FLUSH = 64 << 20
-"""Bytes after which a writer begins to bring them to the disk, so that little is left to do at the end."""
+"""Bytes after which a writer begins to flush them to the disk, so that little is left at the end."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class SafetensorsWriter:
             raise CheckpointError(f"tensor '{name}' has {count} elements, and was announced as {entry}")
 
     def _put(self, data: bytes | memoryview) -> None:
-        """Write, and let a thread bring to the disk what has gathered in the system's memory."""
+        """Write, and let a thread flush to the disk what the system has buffered."""
         size = len(data)
         while len(data):  # a call writes 2 GiB at most, and less on a disk that fills up
             data = data[self._file.write(data) :]
@@ -193,7 +193,7 @@ class SafetensorsWriter:
             if kind is None:
                 os.fsync(self._file.fileno())
                 if self._flushed is not None:
-                    self._flushed.result()  # the system tells of a failed write once, maybe there
+                    self._flushed.result()  # the system reports a failed write once, maybe there
         finally:
             self._file.close()
         missing = next(self._expected, None)
@@ -209,7 +209,7 @@ def _bytes(tensor: Tensor) -> bytes | memoryview:
 def _places_in(path: Path) -> dict[str, _Place]:
     """A file's tensors as its header lists them, and where their bytes begin."""
     with _open(path):
-        pass  # the package holds the header against the file's size, and positions against one another
+        pass  # the package compares the header with the file's size, and positions with one another
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length), object_pairs_hook=lambda pairs: _unique(pairs, path))
@@ -279,8 +279,8 @@ def _locate_by_index(folder: Path, index: Path) -> dict[str, _Place]:
         if twice := inside.keys() & seen.keys():
             name = min(twice)
             raise CheckpointError(
-                f"{folder / shard} holds '{name}', and so does {seen[name]}: which of them counts nobody can "
-                "tell. Save the model again, into an empty folder"
+                f"{folder / shard} holds '{name}', and so does {seen[name]}: it is not known which of "
+                "them is right. Save the model again, into an empty folder"
             )
         seen |= dict.fromkeys(inside, shard)
         found |= {name: inside[name] for name in promised}

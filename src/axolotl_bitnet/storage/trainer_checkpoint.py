@@ -1,10 +1,10 @@
-"""Whether a training checkpoint (`checkpoint-N`) is whole, told from its files alone; nothing is unpickled.
+"""Whether a training checkpoint (`checkpoint-N`) is whole, by its files alone; nothing is unpickled.
 
 The Trainer writes weights, optimizer, scheduler and random states and, last, ``trainer_state.json``, so a
 folder without it is an interrupted save. Each set of files has such a last one: shards their index, a
-distributed checkpoint its ``.metadata`` (torch renames it into place after every rank has written). That says
-little where an old checkpoint of the same step is written over, so :func:`forget` takes these files away
-first. What can still go wrong later, a copy cut short or a full disk, shows in the files' own headers.
+distributed checkpoint its ``.metadata`` (torch renames it into place after every rank has written). Where an
+old checkpoint of the same step is written over, these files would be there already, so :func:`forget` removes
+them first. Later damage, a copy cut short or a full disk, is found by the files' own headers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def problems(folder: str | Path, ranks: int | None = None) -> list[str]:
         ranks: number of processes that wrote it, if known; each has its random states in it.
 
     Returns:
-        One line a problem, each naming the file.
+        One line per problem, each naming the file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -64,7 +64,7 @@ def trainer_state(folder: str | Path) -> dict[str, Any]:
 
 
 def forget(folder: str | Path) -> None:
-    """Take a checkpoint's claim to be whole away, before another is written over it."""
+    """Remove the files that mark a checkpoint as whole, before another is written over it."""
     folder = Path(folder)
     for name in (STATE, INDEX, *(f"{part}/{_METADATA}" for part in _SHARDED)):
         (folder / name).unlink(missing_ok=True)
@@ -93,7 +93,7 @@ def _weights(folder: Path) -> Iterator[str]:
         if not (folder / SINGLE).exists() and not (folder / INDEX).exists():
             return
     try:
-        CheckpointReader(folder)  # opens every file; safetensors holds the header against the size
+        CheckpointReader(folder)  # opens every file; safetensors compares the header with the size
     except CheckpointError as error:
         yield str(error)
 

@@ -1,20 +1,21 @@
-"""FSDP2's all-gather in 2 bits: every rank quantizes its own shard, and ternary codes travel.
+"""FSDP2's all-gather in 2 bits: every rank quantizes its own shard, and ternary codes are gathered.
 
-A layer computes with codes, so codes are all that its other ranks need: a quarter of a byte a weight instead
-of bfloat16's two. The absmean is of the whole weight: the ranks' float64 sums of all weights are added in one
-all-reduce, when the first weight is gathered for a new forward. Latents never leave their shard, and the
-gathered weight stays packed until a layer reads it. While weights are said not to change
+A layer computes with codes, so codes are all that its other ranks need: a quarter of a byte per weight
+instead of bfloat16's two. The absmean is of the whole weight: the ranks' float64 sums of all weights are
+added in one all-reduce, when the first weight is gathered for a new forward. Latents never leave their shard,
+and the gathered weight stays packed until a layer reads it. While weights are declared constant
 (:mod:`axolotl_bitnet.layers.weight_codes`), sums and bytes are made once and kept: a quarter of a byte a
 local weight.
 
 FSDP2 asks its parameter objects what to gather and what to make of it. Those of BitLinear weights get a class
-here that answers with codes; sharding, gradients, state dicts and clipping are FSDP2's own. What takes the
-time of a small step is the CPU, so the weights of a module that FSDP2 gathers together travel as one tensor:
-the first answers for all.
+here that answers with codes; sharding, gradients, state dicts and clipping are FSDP2's own. A small step is
+limited by the CPU, so the weights of a module that FSDP2 gathers together are one tensor: the first answers
+for all.
 
 Changes ``FSDPParam`` of torch (run on 2.11, 2.13 and 2.14), by a subclass. Without one of its names, or where
 the codes that arrive are not those of the whole weight (:mod:`axolotl_bitnet.training.gather_check`), weights
-are gathered as FSDP2 does it, and the log says so. Tests: tests/test_gather.py, tests/test_upstream_names.py.
+are gathered as FSDP2 does it, and the log has a warning. Tests: tests/test_gather.py,
+tests/test_upstream_names.py.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class _Scales:
 
     def ready_for(self, unit: _Unit, backward: bool) -> None:
         """A second gather of the same weights for a forward is a new forward: they may have changed, unless
-        they are said not to. A backward wants the scales that its forward had."""
+        they are declared constant. A backward needs the scales that its forward had."""
         current = window()
         if current is not None:
             if self.window is not current:
@@ -195,7 +196,7 @@ def gather_ternary(model: nn.Module) -> int:
                     param.param_group = group
                     param.all_gather_outputs = []
                     vars(param).pop("_unsharded_param", None)
-                # On one GPU FSDP2 gathers nothing, and wants an answer from each.
+                # On one GPU FSDP2 gathers nothing, and needs an answer from each.
                 units = [params] if process_group.size() > 1 else [[param] for param in params]
                 if params:
                     found.setdefault(process_group, []).extend(units)
@@ -268,8 +269,8 @@ def _try(model: nn.Module) -> str | None:
 
 
 class GatherTernary(TrainerCallback):
-    """Makes FSDP2 gather codes when training begins, for models are sharded by then; or when a ramp ends, for
-    until then layers need latents."""
+    """Makes FSDP2 gather codes when training begins, because models are sharded by then; or when a ramp ends,
+    because until then layers need latents."""
 
     def __init__(self, *references: nn.Module, required: bool = False) -> None:
         """
@@ -292,7 +293,7 @@ class GatherTernary(TrainerCallback):
         problems = [_try(model) for model in (kwargs["model"], *self.references)]
         if not (reason := next(filter(None, problems), None)):
             return
-        reason = f"torch {torch.__version__} gathers otherwise than is known here: {reason}"
+        reason = f"torch {torch.__version__} gathers in a way that is not known here: {reason}"
         if self.required:
             raise RuntimeError(f"`bitnet.gather: ternary`: {reason}. Remove `gather`")
-        warn(f"FSDP2 gathers weights as they are, not 2-bit codes: {reason}")
+        warn(f"FSDP2 gathers whole weights, not 2-bit codes: {reason}")

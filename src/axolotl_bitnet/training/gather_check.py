@@ -1,8 +1,8 @@
 """Before training, FSDP2's gather of codes is tried on one layer: do the codes of the whole weight arrive?
 
-The gather reaches into torch's private parameter objects (:mod:`axolotl_bitnet.training.fsdp2_gather`). A
-torch that renamed one of their names, or calls them in another order, fails here, and the run gathers weights
-instead of ending, or training something else, later.
+The gather uses torch's private parameter objects (:mod:`axolotl_bitnet.training.fsdp2_gather`). A torch that
+renamed one of their names, or calls them in another order, fails here, and the run gathers weights. Otherwise
+it would end, or train something else, later.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tells the layers while weights are constant: from a step's first micro-batch to its optimizer step."""
+"""Declares weights constant from a step's first micro-batch to its optimizer step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class KeepWeightCodes(TrainerCallback):
     For steps that read the weights more than once: of several micro-batches, or with checkpointing.
 
     Args:
-        whole: keep the codes of whole weights, a byte a weight. Under FSDP2 the gather keeps a shard's bytes
-            instead, a quarter of a byte a local weight.
+        whole: keep the codes of whole weights, a byte per weight. Under FSDP2 the gather keeps a shard's
+            bytes instead, a quarter of a byte per local weight.
     """
 
     def __init__(self, whole: bool = True) -> None:

@@ -18,7 +18,7 @@ from ..model.fingerprint import clean_name
 
 
 def upcast_trainable(model: nn.Module) -> int:
-    """Give every trainable parameter float32 data, in place (all of them: FSDP2 wants one dtype a unit).
+    """Give every trainable parameter float32 data, in place (all of them: FSDP2 needs one dtype per unit).
 
     Must run before the optimizer is built. Returns the number of elements that were upcast.
     """
@@ -62,9 +62,8 @@ def match_reference(policy: nn.Module, reference: nn.Module) -> None:
     """Give a preference method's reference model the policy's values and dtype in all but its ternary
     weights.
 
-    Otherwise the one would run its norms and embeddings in float32 and the other in bfloat16, and rewards
-    would not start at zero. Ternary weights quantize to the same codes in either dtype, and stay as small as
-    they are.
+    Otherwise one would run its norms and embeddings in float32 and the other in bfloat16, and rewards would
+    not start at zero. Ternary weights quantize to the same codes in either dtype, so they keep theirs.
     """
     ternary = {
         f"{name}.weight" for name, module in reference.named_modules() if isinstance(module, BitLinear)
@@ -80,7 +79,7 @@ def ternary_name_patterns(model: nn.Module) -> list[str]:
     """Short strings that occur in the parameter names of BitLinear weights, and in those of no other
     parameter.
 
-    For Axolotl's ``lr_groups``, which looks for a string in a name. Short, because wrappers put words into
+    For Axolotl's ``lr_groups``, which searches names for a string. Short, because wrappers insert words into
     names.
     """
     ternary = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, BitLinear)]

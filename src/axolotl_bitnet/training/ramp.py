@@ -2,11 +2,11 @@
 
 For bases that were never ternary. While lambda < 1 every BitLinear computes with ``(1 - lambda) W + lambda
 codes / s`` and with activations mixed likewise, and the gradients go straight through to the latents. From
-lambda = 1 on the layers are what they always are, on the int8 path.
+lambda = 1 on the layers are ordinary BitLinear layers, on the int8 path.
 
-lambda is one tensor a device that the layers read and that is written to in place, so that a compiled model
-is not compiled anew each step, but once, where the layers change paths. The model's config says how far the
-ramp has come, and what is saved on the way is not taken for a ternary model.
+lambda is one tensor per device that the layers read and that is written to in place, so that a compiled model
+is not compiled anew each step, but once, where the layers change paths. The model's config holds lambda, so a
+model that is saved on the ramp is not taken for a ternary one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def lambda_at(step: int, ramp_steps: int) -> float:
 def set_ramp(model: nn.Module, value: float) -> int:
     """Let all BitLinear layers of a model compute at lambda ``value`` from now on.
 
-    For training loops of one's own: before each step, ``set_ramp(model, min(step / ramp_steps, 1))``. Not
+    In a training loop of your own call ``set_ramp(model, min(step / ramp_steps, 1))`` before each step, never
     between a forward and its backward, which would fail.
 
     Args:
@@ -87,8 +87,8 @@ def fully_ternary(model: nn.Module) -> Iterator[None]:
 
 
 class RampSchedule(TrainerCallback):
-    """Sets lambda before every step, from the number of steps that are done: a resumed run goes on where it
-    was."""
+    """Sets lambda before every step, from the number of steps that are done: a resumed run continues at its
+    lambda."""
 
     def __init__(self, ramp_steps: int) -> None:
         """

@@ -2,13 +2,13 @@
 
 An AdamW step of 1e-5 is below half a unit in the last place of almost every bfloat16 weight, so rounding to
 nearest discards it. AdamW8bit rounds up or down with the probability of the discarded bits instead
-(`bf16_stochastic_round=True`), and keeps its moments in 8 bits: 6 bytes a weight in all, where float32
-latents with AdamW take 16. Two things of it are changed here, in a subclass:
+(`bf16_stochastic_round=True`), and keeps its moments in 8 bits: 6 bytes per weight in all, where float32
+latents with AdamW take 16. A subclass changes two things of it:
 
 1. *The noise.* It comes from the device's random generator, whose state depends on everything that ran
-   before. Under DDP every rank rounds its own copy of the weights, and copies that round differently drift
-   apart; after a resume the noise would be another. So the generator is seeded for each step with the run's
-   seed, the step and the shard, and gets its old state back after the step.
+   before. Under DDP every rank rounds its own copy of the weights, and copies that round differently diverge;
+   after a resume the noise would be another. So the generator is seeded for each step with the run's seed,
+   the step and the shard, and gets its old state back after the step.
 2. *The shards.* It hands FSDP2's DTensors with 8-bit moments inside to torch.compile, which cannot trace them
    from torch 2.13 on (torchao 0.17: "attempting to run unimplemented operator aten.view"). The arithmetic is
    elementwise but for blocks of 256 that lie within a shard, so the same function gets the local tensors.
@@ -34,7 +34,7 @@ _EIGHT_BIT_FROM = 4096
 
 class RoundingError(ValueError):
     """Updates cannot be rounded stochastically: names are missing, or the moments of a weight would be of two
-    kinds on two ranks. The message says which."""
+    kinds on two ranks. The message has the reason."""
 
 
 def seed_the_rounding(trainer: Any) -> None:
@@ -131,7 +131,7 @@ def local(tensor: Any) -> Any:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The CPU's and the current GPU's generators start from this seed, and go on as before afterwards."""
+    """The CPU's and the current GPU's generators start from this seed, and continue as before afterwards."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     cpu = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)

@@ -2,13 +2,13 @@
 
 1. A few batches of the run's own data go through the dense model. Of each layer's input, the mean square of
    every column is kept (each token normalized to size 1, so that attention's sinks count as one token): a
-   vector a layer, whatever the model's size.
+   vector per layer, whatever the model's size.
 2. For each matrix the scale alpha that gives the least squared error of the layer's output, on a grid: by the
    mean squares h, ``sum_ij h_j (W - alpha round(W / alpha))_ij^2``.
 3. The matrix is stretched (:mod:`axolotl_bitnet.layers.stretch`) to have alpha for its mean magnitude.
 
-What is found is two numbers a matrix. They travel in the checkpoints: a ramp reads them, on resume too. Sums
-are over shards where FSDP2 has sharded a matrix by rows.
+The result is two numbers per matrix. Checkpoints keep them: a ramp reads them, on resume too. Sums are over
+shards where FSDP2 has sharded a matrix by rows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Fits = dict[str, list[float]]
 
 
 class StretchError(ValueError):
-    """Latents cannot be fitted to this base or with this data; the message says why."""
+    """Latents cannot be fitted to this base or with this data; the message has the reason."""
 
 
 def fit(weight: Tensor, squares: Tensor, total: Total = lambda part: part) -> tuple[Tensor, Tensor] | None:
@@ -49,7 +49,7 @@ def fit(weight: Tensor, squares: Tensor, total: Total = lambda part: part) -> tu
     Args:
         weight: (rows, columns), or some of the rows.
         squares: float32 (columns,), the mean square of the input's columns.
-        total: adds a tensor up over those who hold the other rows.
+        total: adds a tensor up over the ranks that hold the other rows.
     """
     size = weight.to(torch.float32).abs()
     number, whole = total(torch.stack([size.new_tensor(size.numel()), size.sum()]).double())
@@ -129,7 +129,7 @@ def windows(rows: Iterable[Any], length: int, tokens: int = TOKENS) -> Iterator[
 
 
 class Stretch(TrainerCallback):
-    """Stretches the latents as training begins; of a resumed run it only tells the layers how they were.
+    """Stretches the latents as training begins; in a resumed run it only gives the layers their alpha and k.
 
     Args:
         trainer: for its data and device.

@@ -11,7 +11,7 @@ hundred tokens. The teacher reads what the student reads: masks, position ids, p
    the student.
 3. :func:`log_teacher_loss` evaluates the teacher once, beside the student's first evaluation.
 
-The teacher hangs on no module: it is in no checkpoint, no optimizer, no state dict.
+The teacher is no part of any module: it is in no checkpoint, no optimizer, no state dict.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ IGNORED = -100
 
 
 class TeacherError(ValueError):
-    """This model cannot teach that one; the message says why."""
+    """This model cannot teach that one; the message has the reason."""
 
 
 @dataclass
@@ -89,7 +89,7 @@ def teach(student: nn.Module, teacher: Teacher) -> None:
         teacher: its model is frozen here, and put into evaluation mode.
 
     Raises:
-        TeacherError: vocabularies differ, or logits are more than the head's product; the message says which.
+        TeacherError: vocabularies differ, or logits are more than the head's product; the message has which.
     """
     if "forward" in vars(student):
         raise TeacherError("the model's forward was replaced by another tool: a teacher's loss would not run")
@@ -204,7 +204,7 @@ def _head(model: Any) -> Tensor:
 
 @torch.no_grad()
 def refuse_other_heads(model: Any) -> None:
-    """Hold a model's logits against the product of its hidden states and its head, on four tokens.
+    """Compare a model's logits with the product of its hidden states and its head, on four tokens.
 
     Raises:
         TeacherError: they differ (a bias, a cap, a factor): the teacher's loss would be of other logits.
@@ -254,7 +254,7 @@ def shard_like(model: nn.Module, policy: FSDPModule) -> None:
 
 
 def log_teacher_loss(trainer: Any, teacher: Teacher) -> None:
-    """Let a transformers Trainer's first evaluation also say the teacher's loss: ``eval_teacher_loss``."""
+    """Let a transformers Trainer's first evaluation also log the teacher's loss: ``eval_teacher_loss``."""
     evaluation_loop = getattr(trainer, "evaluation_loop", None)
     if evaluation_loop is None:
         warn(

@@ -51,7 +51,7 @@ def teacher_loss(
 
     Returns:
         The loss, float32 (), differentiable once in ``hidden`` and ``head``; and the sums of KL (at T = 1 in
-        nats a token) and cross-entropy over the tokens, float32 (), which are not.
+        nats per token) and cross-entropy over the tokens, float32 (), which are not.
 
     Raises:
         RuntimeError: backward runs a second time.

@@ -1,11 +1,11 @@
 """A resumed run ends where the uninterrupted one does, and reads its data in the same order.
 
 Resumed where nothing is left to train, the Trainer takes one step more, unless an epoch ends there. Resumed
-within an epoch, it tells the epoch only to the loader that skips batches: Axolotl's packing sampler behind it
+within an epoch, it sets the epoch only of the loader that skips batches: Axolotl's packing sampler behind it
 would keep batches from before it was seeded.
 
 Changes ``Trainer._run_epoch`` of transformers (run on 5.16 and 5.20), in resumed runs only. Without that
-name, or the arguments that are read here, the run is resumed as the Trainer does it, and a warning says so.
+name, or the arguments that are read here, the run is resumed as the Trainer does it, and a warning names it.
 Tests: tests/test_resume.py, tests/test_upstream_names.py.
 """
 
@@ -22,7 +22,7 @@ _READ = {"resume_from_checkpoint", "train_dataloader", "epoch"}
 
 
 def resume_epochs(trainer: Any) -> None:
-    """Let a trainer that resumes go on where it was, in the order of data that the first part had."""
+    """Let a trainer that resumes continue where it was, in the order of data that the first part had."""
     run_epoch = getattr(trainer, "_run_epoch", None)
     if run_epoch is None or not _takes_what_is_read(run_epoch):
         warn(

@@ -1,7 +1,7 @@
 """Second evaluations. During a ramp: at the lambda that trains and fully ternary, in one entry of the log.
 
 Changes ``Trainer.evaluation_loop`` of transformers (run on 5.16 and 5.20), in runs with a ramp. Without that
-name only the loss at the lambda that trains is logged, and a warning says so. Tests: tests/test_ramp_use.py,
+name only the loss at the lambda that trains is logged, and a warning names it. Tests: tests/test_ramp_use.py,
 tests/test_upstream_names.py.
 """
 

@@ -1,7 +1,7 @@
-"""Figures of one's own in the Trainer's log: in its history, and with every logger that it has.
+"""Our figures in the Trainer's log: in its history, and in every logger that it has.
 
 Changes ``Trainer.log`` of transformers (run on 5.16 and 5.20). Without that name these figures are in no log,
-and a warning says so. Tests: tests/test_monitor.py, tests/test_upstream_names.py.
+and a warning names it. Tests: tests/test_monitor.py, tests/test_upstream_names.py.
 """
 
 from __future__ import annotations

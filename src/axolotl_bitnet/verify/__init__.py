@@ -1,4 +1,4 @@
-"""Is a stored model the one that trained, and what is it: comparisons, measurements, and running both.
+"""Whether a stored model is the one that trained, and what it is: comparisons, measurements, running both.
 
 Nothing here writes a model.
 """

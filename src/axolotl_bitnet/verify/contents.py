@@ -19,7 +19,7 @@ from ..storage.progress import begin
 from .report import Check
 
 _OF_STORAGE = {"dtype", "torch_dtype", "transformers_version", "_name_or_path"}
-"""Keys of a config that say how a model is stored, or by whom, not what it is."""
+"""Keys of a config about how a model is stored, or by whom, not what it is."""
 
 
 @one_thread()
@@ -62,9 +62,9 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def compare_config(artifact: TernaryCheckpoint, reference: TernaryCheckpoint) -> Check:
-    """Value by value, but for the keys that say how the model is stored."""
+    """Value by value, but for the keys about how the model is stored."""
     ours, theirs = dict(artifact.config), dict(reference.config)
-    for config in (ours, theirs):  # said twice, for readers that look at the top level only
+    for config in (ours, theirs):  # there twice, for readers of the top level only
         rope = config.get("rope_parameters")
         if isinstance(rope, dict) and config.get("rope_theta") == rope.get("rope_theta"):
             config.pop("rope_theta", None)
@@ -76,7 +76,7 @@ def compare_config(artifact: TernaryCheckpoint, reference: TernaryCheckpoint) ->
     if artifact.head_unsaid:
         found.append(
             "config: tie_word_embeddings is true, and the head differs from the embedding: programs that "
-            "believe it lose the head"
+            "follow it lose the head"
         )
     if isinstance(artifact, GGUFCheckpoint):
         found += computed_otherwise(artifact, reference)

@@ -1,7 +1,7 @@
 """Programs other than transformers in which artifacts are run for comparison: llama.cpp and mlx-lm.
 
-Each generates greedily from token ids. A program that is not installed raises ImportError with what to
-install; what a program finds wrong with a file, it raises in its own words.
+Each generates greedily from token ids. A program that is not installed raises ImportError with the command
+that installs it; a program's own errors are raised as they are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Outputs:
 
 
 def run_llama_cpp(file: Path, batches: list[Tensor]) -> list[Outputs]:
-    """Greedy tokens of a GGUF file, on the CPU; llama.cpp's server tells no logits.
+    """Greedy tokens of a GGUF file, on the CPU; llama.cpp's server returns no logits.
 
     Raises:
         ImportError: xllamacpp is not installed.
@@ -62,8 +62,8 @@ def run_llama_cpp(file: Path, batches: list[Tensor]) -> list[Outputs]:
 
 
 def run_mlx(folder: Path, batches: list[Tensor]) -> list[Outputs]:
-    """Greedy tokens and logits of an MLX folder, in float32 on the CPU: what mlx-lm's architecture makes of
-    config and weights, without the rounding of a GPU's matrix products.
+    """Greedy tokens and logits of an MLX folder in mlx-lm, in float32 on the CPU, without the rounding of a
+    GPU's matrix products.
 
     Raises:
         ImportError: mlx-lm is not installed.

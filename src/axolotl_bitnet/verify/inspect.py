@@ -1,6 +1,6 @@
 """What a stored model is: latent, dense ternary, packed (by whose rule), an artifact of ours, or never
-ternary; layer by layer, by blocks of rows. Works on anybody's folders; code that comes with a model is never
-run."""
+ternary; layer by layer, by blocks of rows. It takes third parties' folders too; code that comes with a model
+is never run."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Inspection:
     """What was found.
 
     Attributes:
-        path: what was looked at.
+        path: what was inspected.
         kind: "latents", "dense ternary", "packed", "never ternary", or a format of ours.
-        detail: more of that in words: whose convention, where the list of layers is from.
+        detail: whose convention, and where the list of layers is from, in words.
         layers: see :class:`Layer`; in the order of their names, in which numbers count.
         bytes: size of the weights now.
         packed_bytes: their size packed to 2 bits, everything else in bfloat16.
         refused: what cannot be done with it, and why.
-        unplaced: tensors that its architecture has no place for, and that loading passes over.
+        unplaced: tensors that its architecture has no place for, and that are not loaded.
     """
 
     path: str
@@ -70,7 +70,7 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look at a stored model.
+    """Inspect a stored model.
 
     Args:
         path: a folder of safetensors with a config.json, or a GGUF file.
@@ -112,7 +112,7 @@ def _artifact(path: Path, checkpoint: TernaryCheckpoint) -> Inspection:
 
 
 def _packed(path: Path, reader: CheckpointReader, config: dict[str, Any]) -> Inspection:
-    """uint8 matrices with a weight_scale each, by which some layers divide and others multiply."""
+    """Matrices of uint8 with a weight_scale each, by which some layers divide and others multiply."""
     found = recognize(config)
     if found.method != "bitnet":
         raise CheckpointError(
@@ -192,7 +192,7 @@ def _kind_of(layers: list[Layer], ours: bool, several: list[str]) -> tuple[str, 
 
 
 def _kind_of_others(layers: list[Layer], ours: bool) -> tuple[str, str]:
-    """Of the matrices that are not all zero: those tell nothing of a model."""
+    """Of the matrices that are not all zero; all-zero ones show nothing."""
     change = sum(layer.change for layer in layers) / len(layers)
     dense = sum(layer.change == 0 for layer in layers)
     moved = f"quantization changes its matrices by {change:.0%} on average"
@@ -203,11 +203,11 @@ def _kind_of_others(layers: list[Layer], ours: bool) -> tuple[str, str]:
     mixed = f"; {dense} of {len(layers)} matrices have one magnitude" if dense else ""
     if change > NEVER_TERNARY:
         return "never ternary", moved + mixed
-    return "latents", f"by the look of them: {moved}{mixed}"
+    return "latents", f"by its matrices: {moved}{mixed}"
 
 
 def _plan(path: Path, config: dict[str, Any], entries: dict[str, Entry]) -> tuple[Plan, str, list[str]]:
-    """Which layers are or would become ternary, who says so, and what training would refuse.
+    """Which layers are or would become ternary, where that is from, and what training would refuse.
 
     Without our list in the config the architecture is built on the meta device, from transformers' classes.
     """
@@ -250,7 +250,7 @@ def _looks_linear(key: str) -> bool:
 
 
 def _packed_size(entries: Any, ternary: set[str]) -> int:
-    """2 bits a ternary weight and a scale each; the rest in bfloat16."""
+    """2 bits per ternary weight and a scale each; the rest in bfloat16."""
     total = 0
     for entry in entries:
         if entry.name in ternary:

@@ -1,12 +1,15 @@
 """Two stored models run on the same prompts, one after the other, so that only one is in memory.
 
 The trained model is built from its latents with BitLinear layers, everything else rounded to bfloat16 and
-computed in float32. A packed model computes the same numbers in plain transformers, to the bit. A dense one
-multiplies the same weights with activations that are not quantized: it is held, to the bit, against the
-trained codes and scales computed so; how far that is from the trained model's 8-bit activations is told, not
-judged. mlx-lm computes as a dense one does, adding in another order. llama.cpp quantizes activations by
-blocks, which moves logits by about 1 %: each token that it chooses must be the trained model's choice, or
-nearly.
+computed in float32.
+
+- A packed model computes the same numbers in plain transformers, to the bit.
+- A dense one multiplies the same weights with activations that are not quantized. It is compared, to the bit,
+  with the trained codes and scales computed so; its distance to the trained model's 8-bit activations is
+  reported, not judged.
+- mlx-lm computes as a dense one does, adding in another order.
+- llama.cpp quantizes activations by blocks, which moves logits by about 1 %: each token that it chooses must
+  be the trained model's choice, or nearly.
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ PROMPTS = (
     "Once upon a time, in a small village by the sea,",
 )
 _TIE = 1e-4
-"""Share of the range of a position's logits within which two tokens are as good as each other: a model that
-generates with its cache adds in another order than one that reads the whole text."""
+"""Share of the range of a position's logits within which two tokens count as equal: a model that generates
+with its cache adds in another order than one that reads the whole text."""
 
 _LLAMA_CPP_TIE = 0.02
 """The same, where activations are quantized by blocks."""
@@ -46,8 +49,8 @@ _MLX_ERROR = 1e-4
 def compare_running(
     artifact: TernaryCheckpoint, reference: TernaryCheckpoint, prompts: Sequence[str]
 ) -> Iterator[Check]:
-    """Logits and greedy tokens of an artifact against the trained model's. What a program raises while it
-    loads or runs the artifact is a difference, in its words."""
+    """Logits and greedy tokens of an artifact compared with the trained model's. An error that a program
+    raises while it loads or runs the artifact is a difference, in its words."""
     kind, trained = artifact.format.split("-")[0], reference.format
     if trained not in ("latents", "packed"):
         yield Check("running", f"{reference.folder} is {trained}, not the trained model", done=False)
@@ -63,7 +66,7 @@ def compare_running(
         return
     try:
         batches = _encode(reference if kind == "gguf" else artifact, prompts)
-    except Exception as error:  # whatever a tokenizer of somebody's throws
+    except Exception as error:  # a third party's tokenizer may raise anything
         yield Check("running", f"no tokenizer to run with: {error}", done=False)
         return
     consumer = consumer_of(kind)
@@ -75,7 +78,7 @@ def compare_running(
     except ImportError as error:
         yield Check("running", str(error), done=False)
         return
-    except Exception as error:  # whatever the program throws
+    except Exception as error:  # the program may raise anything
         words = " ".join(str(error).split()) or type(error).__name__
         yield Check("running", f"in {consumer}", [f"{consumer} cannot run it: {words}"])
         return
@@ -83,7 +86,7 @@ def compare_running(
 
 
 def _judged(kind: str, outputs: list[Outputs], reference: TernaryCheckpoint) -> Iterator[Check]:
-    """What a program's outputs are by the reference's."""
+    """A program's outputs compared with the reference's."""
     trained = reference.format
     if kind == "mlx":
         yield _near(outputs, _expected(outputs, dense := _dense_arithmetic(reference)))

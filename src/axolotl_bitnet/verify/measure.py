@@ -1,4 +1,4 @@
-"""One matrix looked at: its scale, its zeros, and how far quantization moves it."""
+"""One matrix measured: its scale, its zeros, and how far quantization moves it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Layer:
         shape: (rows, columns).
         zeros: share of zero codes.
         scale: ``s``, by which codes are divided; a bfloat16.
-        bits: stored bits a weight.
+        bits: stored bits per weight.
         change: ``|W - codes / s| / |W|``, how far quantization moves it; 0 if it is ternary already.
     """
 

@@ -1,4 +1,4 @@
-"""What a verification says."""
+"""The result of a verification."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 
 class VerificationError(RuntimeError):
-    """An artifact is not the model that trained. The latents are safe; the message says where they are."""
+    """An artifact is not the model that trained. The latents are safe; the message has their folder."""
 
 
 @dataclass
 class Check:
-    """One comparison: what was held against what, and where they differ.
+    """One comparison: what was compared, and where it differs.
 
     Attributes:
         name: "codes", "scales", "other tensors", "config", "tokenizer", ...
         detail: what was compared and how exactly; or why it was not.
-        mismatches: one line a difference.
-        done: False if there was nothing to compare with, or nothing to compare by.
+        mismatches: one line per difference.
+        done: False if there was nothing to compare with.
     """
 
     name: str
@@ -47,9 +47,9 @@ class VerificationReport:
     Attributes:
         layers: number of ternary layers compared.
         weights: number of ternary weights in them.
-        mismatches: one line a difference, over all checks.
+        mismatches: one line per difference, over all checks.
         digest: digest of the reference fingerprint.
-        checks: each comparison by itself.
+        checks: each comparison.
     """
 
     layers: int = 0

@@ -1,5 +1,5 @@
-"""An artifact held against what trained: every ternary code and every scale, exactly; and everything else,
-where the reference holds it."""
+"""An artifact compared with the trained model: every ternary code and every scale, exactly; and everything
+else, where the reference holds it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["RUN_FILE", "VerificationError", "VerificationReport", "compare", "ve
 
 
 def compare(found: Fingerprint, expected: Fingerprint) -> VerificationReport:
-    """Hold one fingerprint against another, layer by layer."""
+    """Compare one fingerprint with another, layer by layer."""
     report = VerificationReport(digest=expected.digest)
     codes, scales = Check("codes", ""), Check("scales", "")
     for name, reference in expected.tensors.items():
@@ -94,7 +94,7 @@ _DIFFER = ": codes differ"
 
 
 def _count_codes(report: VerificationReport, found: TernaryCheckpoint, model: TernaryCheckpoint) -> None:
-    """Say of every layer whose codes differ how many do; a digest tells only that some do."""
+    """Count the codes that differ in every layer that differs; a digest shows only that some do."""
     (codes,) = [check for check in report.checks if check.name == "codes"]
     total = 0
     for place, line in enumerate(codes.mismatches):
@@ -112,7 +112,7 @@ def _count_codes(report: VerificationReport, found: TernaryCheckpoint, model: Te
 def _read_reference(
     reference: str | Path | Fingerprint, artifact: TernaryCheckpoint
 ) -> tuple[Fingerprint, TernaryCheckpoint | None, str]:
-    """A fingerprint, and the model it is of; or why that is not there."""
+    """A fingerprint, and its model; or why there is no model."""
     if isinstance(reference, Fingerprint):
         return reference, None, "only a fingerprint was given"
     path = Path(reference)

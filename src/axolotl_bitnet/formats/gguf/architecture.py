@@ -99,7 +99,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 
 def _check_computation(config: Mapping[str, Any], name: str) -> None:
-    """Refuse what llama.cpp would silently compute otherwise."""
+    """Raise CheckpointError for what llama.cpp would silently compute otherwise."""
     if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise CheckpointError(f"hidden_act '{act}': llama.cpp computes {name} with silu only")
     if window := sliding_window(config):

@@ -1,4 +1,4 @@
-"""A GGUF file's metadata, which is all that llama.cpp knows of config and tokenizer, held against the files
+"""A GGUF file's metadata, which is all that llama.cpp knows of config and tokenizer, compared with the files
 that it would be written from."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def computed_otherwise(artifact: GGUFCheckpoint, reference: TernaryCheckpoint) -
     if (ours is None) != (theirs is None) or (
         ours is not None and theirs is not None and not torch.equal(ours, theirs)
     ):
-        found.append(f"config: {llama.ROPE_FREQS} differs from what rope_parameters say")
+        found.append(f"config: {llama.ROPE_FREQS} differs from rope_parameters")
     return found
 
 

@@ -2,7 +2,7 @@
 
 The gguf package reads it too, but keeps an array object for every token of the vocabulary (128,000 of them
 take 10 seconds and 400 MiB) and maps the whole file. Here the file is read once up to the first tensor, and a
-tensor is read when it is asked for. Nothing of a damaged file is trusted: sizes and offsets are held against
+tensor is read when it is asked for. Nothing of a damaged file is trusted: sizes and offsets are compared with
 the length of the file.
 """
 
@@ -50,7 +50,7 @@ class Header:
     tensors: dict[str, Stored]
 
     def read(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The bytes of a tensor, uint8 (rows, bytes a row); a vector is one row."""
+        """The bytes of a tensor, uint8 (rows, bytes per row); a vector is one row."""
         stored = self.tensors[name]
         data = np.fromfile(self.path, dtype=np.uint8, count=stored.nbytes, offset=stored.offset)
         if data.size != stored.nbytes:

@@ -9,7 +9,7 @@ def library() -> Any:
     """The gguf package.
 
     Raises:
-        ImportError: it is not installed; the message says how to.
+        ImportError: it is not installed; the message has the command that installs it.
     """
     try:
         import gguf

@@ -142,7 +142,7 @@ def _yarn(name: str, rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict
 
 
 def yarn_attention(factor: float) -> float:
-    """What llama.cpp multiplies yarn's attention by, beside what a file tells it."""
+    """What llama.cpp multiplies yarn's attention by, in addition to the factor in a file."""
     return 1 + 0.1 * math.log(factor)
 
 

@@ -1,9 +1,9 @@
 """Which of llama.cpp's pre-tokenizers splits text as a tokenizer does.
 
 llama.cpp knows pre-tokenizers by name, and its own converter looks the name up by a hash of some token ids,
-so a new vocabulary is never known. Here the candidates are built again from their expressions, and the
-one is taken that gives the same ids for many texts: words of the vocabulary and what tells pre-tokenizers
-apart (digits, contractions, spaces, punctuation, other scripts).
+so a new vocabulary is never known. Here the candidates are built again from their expressions, and the one is
+taken that gives the same ids for many texts: words of the vocabulary and texts that distinguish
+pre-tokenizers (digits, contractions, spaces, punctuation, other scripts).
 """
 
 from __future__ import annotations

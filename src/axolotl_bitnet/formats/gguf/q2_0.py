@@ -4,8 +4,8 @@ Vulkan).
 A block (18 bytes) holds 64 codes of a row: first the fp16 scale ``d`` of :mod:`.ternary_type`, then 16 bytes
 of four codes, plus one (0, 1, 2), in their order, the first at the lowest bits.
 
-Type 42 had blocks of 128 codes before llama.cpp took it in (:func:`..header.read_header` tells them apart by
-the place of the next tensor); the same are types 142 and 143 today, in one fork. Neither is read.
+Type 42 had blocks of 128 codes before llama.cpp adopted it (:func:`..header.read_header` distinguishes them
+by the place of the next tensor); in one fork these are now types 142 and 143. None of the three is read.
 """
 
 from __future__ import annotations

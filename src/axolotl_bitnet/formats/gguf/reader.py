@@ -39,7 +39,7 @@ class GGUFCheckpoint(TernaryCheckpoint):
     """A GGUF file of a ternary model, read tensor by tensor.
 
     Files written here carry the trained model's config. Of others it is rebuilt from the metadata, as far as
-    llama.cpp keeps it, and the ternary layers are those stored as a ternary type with one scale a tensor.
+    llama.cpp keeps it, and the ternary layers are those stored as a ternary type with one scale per tensor.
 
     ``folder`` is the file, ``companions`` the folder that it lies in. Others' files have no whole config.
 
@@ -74,7 +74,7 @@ class GGUFCheckpoint(TernaryCheckpoint):
         for key, name in names.items():
             if stored[name].shape != known[key][1]:
                 raise CheckpointError(
-                    f"{file}: '{name}' has shape {list(stored[name].shape)}, its metadata says "
+                    f"{file}: '{name}' has shape {list(stored[name].shape)}, but by its metadata "
                     f"{list(known[key][1])}"
                 )
         self._names = dict(sorted(names.items()))
@@ -123,7 +123,7 @@ class GGUFCheckpoint(TernaryCheckpoint):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """All that the file says beside its tensors."""
+        """The file's metadata."""
         return self._header.metadata
 
     def rope_factors(self) -> Tensor | None:
@@ -161,7 +161,7 @@ class GGUFCheckpoint(TernaryCheckpoint):
         return self._kinds[self._header.tensors[self._names[key]].kind]
 
     def bits(self, key: str) -> float:
-        """Stored bits a weight of a ternary tensor."""
+        """Stored bits per weight of a ternary tensor."""
         type = self._types.get(self.kind(key))
         return type.nbytes * 8 / type.block if type is not None else 16.0
 

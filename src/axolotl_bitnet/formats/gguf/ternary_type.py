@@ -22,7 +22,7 @@ class TernaryType:
     Attributes:
         name: llama.cpp's name of it in lower case.
         number: of the type in a file (``ggml_type``).
-        file_type: the number by which a file says that most of it is of this type (``llama_ftype``).
+        file_type: the number in a file whose weights are mostly of this type (``llama_ftype``).
         block: codes of a block; rows must be multiples of it.
         nbytes: bytes of a block.
         encode: from int8 codes (rows, columns) and float16 d (1,) to uint8 (rows, columns / block * nbytes).

@@ -1,7 +1,7 @@
 """A tokenizer as GGUF metadata: tokens and merges, special tokens, chat template.
 
-What is written is what transformers makes of the tokenizer's files, whichever of them exist (tokenizer.json,
-tokenizer.model), for that is what the model trained with.
+The tokenizer is written as transformers loads it, from whichever of its files exist (tokenizer.json,
+tokenizer.model), because the model trained with that one.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _load(folder: Path) -> Any:
         raise CheckpointError(f"{folder} holds no tokenizer, which a GGUF file must contain: copy it there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a library finds wrong with its file
+    except Exception as error:  # a library may raise anything about its file
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
         kind = type(tokenizer).__name__

@@ -34,7 +34,7 @@ def encode_blocks(codes: Tensor, d: Tensor, kind: str) -> Tensor:
         kind: tq2_0 or tq1_0.
 
     Returns:
-        uint8 (rows, columns / 256 * bytes a block).
+        uint8 (rows, columns / 256 * bytes per block).
     """
     rows, columns = codes.shape
     digits = (codes + 1).view(torch.uint8).reshape(rows, columns // BLOCK, BLOCK)
@@ -62,7 +62,7 @@ def decode_blocks(packed: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """The way back from :func:`encode_blocks`.
 
     Args:
-        packed: uint8 (rows, blocks * bytes a block).
+        packed: uint8 (rows, blocks * bytes per block).
         kind: tq2_0 or tq1_0.
 
     Returns:

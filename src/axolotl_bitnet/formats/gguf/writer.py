@@ -1,7 +1,7 @@
 """GGUF files for llama.cpp: written directly from the codes, and read back as codes.
 
-Ternary layers are TQ2_0 (2.06 bits a weight) or TQ1_0 (1.69), with the fp16 reciprocal of the scale that
-trained in every block; norms and biases are float32, as llama.cpp wants them; everything else is bfloat16,
+Ternary layers are TQ2_0 (2.06 bits per weight) or TQ1_0 (1.69), with the fp16 reciprocal of the scale that
+trained in every block; norms and biases are float32, as llama.cpp requires; everything else is bfloat16,
 unless asked otherwise. Nothing is quantized again, so the codes in the file are the trained ones, and so is s
 (:mod:`.ternary_type`). The config of the trained model lies in the metadata: files written here are read back
 whole.
@@ -55,7 +55,7 @@ def write_gguf(
     overwrite: bool,
     check: Callable[[Path], None] | None,
 ) -> None:
-    """Write an opened model as one GGUF file; :func:`axolotl_bitnet.formats.export.export_gguf` says more."""
+    """Write an opened model as one GGUF file; see :func:`axolotl_bitnet.formats.export.export_gguf`."""
     library()
     if embeddings not in EMBEDDINGS:
         raise CheckpointError(f"embeddings '{embeddings}': the types are {', '.join(EMBEDDINGS)}")
@@ -93,7 +93,7 @@ def _plan(
         name, shape = known[key]
         if entry.shape != shape:
             raise CheckpointError(
-                f"{where}: '{key}' has shape {list(entry.shape)}, its config says {list(shape)}"
+                f"{where}: '{key}' has shape {list(entry.shape)}, but by its config {list(shape)}"
             )
         kind = "bf16"
         if key in layers:

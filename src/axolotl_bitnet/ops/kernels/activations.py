@@ -1,6 +1,6 @@
-"""Activations to int8, one scale a token, and back. Twins in :mod:`axolotl_bitnet.ops.activations`.
+"""Activations to int8, one scale per token, and back. Twins in :mod:`axolotl_bitnet.ops.activations`.
 
-One program a row, the whole row in registers: x is read once and the codes are written once, 3 bytes an
+One program per row, the whole row in registers: x is read once and the codes are written once, 3 bytes an
 element of bfloat16. That is all the traffic there must be, so the kernel runs at the speed of a copy. The row
 is held in chunks, as it was read: a row of 9216 then takes the registers of 9216 elements, not of 16384.
 """
@@ -60,8 +60,8 @@ def _dequantize(codes_ptr, r_ptr, out_ptr, columns, blocks, BLOCK: tl.constexpr)
     mask = column < columns
     codes = tl.load(codes_ptr + row * columns + column, mask=mask).to(tl.float32)
     r = tl.load(r_ptr + row)
-    # A division an element costs more than the memory traffic; where the result is rounded to 16 bits anyway,
-    # one a row does.
+    # A division per element costs more than the memory traffic; where the result is rounded to 16 bits
+    # anyway, one a row does.
     if out_ptr.dtype.element_ty == tl.float32:
         x = tl.div_rn(codes, tl.broadcast_to(r, codes.shape))
     else:

@@ -1,7 +1,7 @@
-"""Arithmetic that rounds as the definition says, on a GPU and in Triton's interpreter.
+"""Arithmetic that rounds as the definition does, on a GPU and in Triton's interpreter.
 
 A plain ``/`` is approximate in Triton, a multiplication and an addition may be fused into one rounding
-(every launch of ours says ``enable_fp_fusion=False``), and the interpreter truncates where it should round to
+(every launch of ours sets ``enable_fp_fusion=False``), and the interpreter truncates where it should round to
 bfloat16 and has no ``rint``.
 """
 

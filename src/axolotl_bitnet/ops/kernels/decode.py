@@ -1,11 +1,11 @@
 """``y = x W`` for a few rows, from weights as they are stored: 2 bits each. Twin: ``packed_matmul`` of
 :mod:`axolotl_bitnet.ops.packed`.
 
-A model that writes text multiplies one row at a time, and then waits for its weights: the time is their bytes
-over the memory's bandwidth. So they are read as they lie in the file, once, and unpacked in registers; a byte
-holds four rows of the matrix, so a tile of bytes is multiplied four times, shifted by 0, 2, 4 and 6 bits.
-What lies there is the code plus one; the sum of a row's codes is subtracted at the end. All of that is exact
-integer arithmetic, and the end of it is the definition's.
+A model that writes text multiplies one row at a time, and waits for its weights: the time is their bytes over
+the memory's bandwidth. So they are read as they are in the file, once, and unpacked in registers. A byte
+holds four rows of the matrix, so a tile of bytes is multiplied four times, shifted by 0, 2, 4 and 6 bits. The
+bits are the code plus one; the sum of a row's codes is subtracted at the end. All of that is exact integer
+arithmetic, and the final scaling is the definition's.
 
 1. ``_quantize``: codes, scale and sum of each row of x.
 2. ``_decode``: programs share the tiles of bytes, and where there are fewer tiles than multiprocessors, a

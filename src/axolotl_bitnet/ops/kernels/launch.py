@@ -1,12 +1,12 @@
 """Launching a kernel with little Python.
 
 ``kernel[grid](...)`` finds the compiled kernel anew from every argument, which takes longer than many of our
-kernels run. Here the caller says in a short key what the compiled kernel depends on, and the second launch
-with the same key goes straight to it.
+kernels run. Here the caller gives a short key of what the compiled kernel depends on, and the second launch
+with the same key uses that kernel directly.
 
 Uses ``run``, ``function`` and ``packed_metadata`` of Triton's compiled kernels, the nine leading arguments of
 its launcher and ``driver.active.get_current_stream`` (run on Triton 3.8 and 3.9). Without one of them kernels
-are launched as Triton does it, which is slower, and a warning says so. Test: tests/test_upstream_names.py.
+are launched as Triton does it, which is slower, and a warning names it. Test: tests/test_upstream_names.py.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def launch(
         key: whatever decides the kernel's compilation: dtypes, integer arguments (or what Triton specializes
             them on), constants, and the alignment of pointers that may lack it (:func:`aligned`).
         args: all of the kernel's arguments in order, its constants too.
-        warps: warps a program.
+        warps: warps per program.
         stages: of software pipelining.
     """
     key = (kernel.__name__, programs, device, key)

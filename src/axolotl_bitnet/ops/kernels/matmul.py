@@ -3,10 +3,10 @@
 
 ``y = float32(codes_x . codes_w^T) / (r s)``, then the output dtype, then the bias. The integers are exact
 (int32 holds 2**31 / 128 of columns), and the division is correctly rounded: the row's ``1 / (r s)`` and one
-correction by fused multiply-add (Markstein 1990), which costs a fraction of a division an element.
+correction by fused multiply-add (Markstein 1990), which costs a fraction of a division per element.
 
 On Hopper and later, persistent programs read and write tiles by TMA; elsewhere, and for shapes whose rows
-do not begin at 16 bytes, one program a tile reads through pointers.
+do not begin at 16 bytes, one program per tile reads through pointers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """RMSNorm that also quantizes what it returns, forward and backward. Twin in
 :mod:`axolotl_bitnet.ops.activations`.
 
-The linear layers behind a norm want the codes of its output: made here, while the row is in registers, they
-save reading it again. y is rounded as the models' own code rounds it (the normalized x to its dtype, then
-its product with the weight), and the codes are those of the y that is returned.
+The linear layers behind a norm need the codes of its output. They are made here, while the row is in
+registers, so it is not read again. y is rounded as the models' own code rounds it (the normalized x to its
+dtype, then its product with the weight), and the codes are those of the y that is returned.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Shards of weights to 2 bits, and gathered shards back. Twins: ``pack_shard``, ``unpack_shards`` and
-``dequantize_shards`` of :mod:`axolotl_bitnet.ops.weights`, which say the layout.
+``dequantize_shards`` of :mod:`axolotl_bitnet.ops.weights`, which document the layout.
 
 A program handles one row of bytes, which is four rows of codes: both are read and written along their rows.
 """
@@ -130,7 +130,7 @@ def _unpack_layer(
     byte_row = program // blocks
     shard = byte_row // shard_bytes
     within = byte_row % shard_bytes
-    if ALIGNED:  # then every row begins at a multiple of 16 bytes, which loads from a table do not tell
+    if ALIGNED:  # then every row begins at a multiple of 16 bytes, which loads from a table do not show
         columns = tl.multiple_of(columns, 16)
         packed_at = tl.multiple_of(packed_at, 16)
         codes_at = tl.multiple_of(codes_at, 16)

@@ -1,10 +1,10 @@
 """SwiGLU and the quantization of its product in one pass, forward and backward. Twins in
 :mod:`axolotl_bitnet.ops.activations`.
 
-``h = silu(gate) * up`` is what the down projection reads, and it reads only the codes: written here and never
-h itself. Elements are rounded as the model's own code rounds them (silu to the model's dtype, then the
-product), so that the codes are those of the unfused layers. The backward computes h once more, as the
-down projection's weight gradient wants it.
+The down projection reads only the codes of ``h = silu(gate) * up``, so these are written and h itself is not.
+Elements are rounded as the model's own code rounds them (silu to the model's dtype, then the product), so the
+codes are those of the unfused layers. The backward computes h once more, as the down projection's weight
+gradient needs it.
 """
 
 from __future__ import annotations

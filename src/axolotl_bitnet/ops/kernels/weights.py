@@ -1,8 +1,8 @@
 """Weights to ternary codes. Twins in :mod:`axolotl_bitnet.ops.weights`.
 
-Two launches and no host sync: the first leaves one float64 sum of |W| a program, and in the second every
-program adds those up and knows the scale. It walks the matrix from its end, which the first has just read:
-what the L2 cache still holds is not read again from memory.
+Two launches and no host sync: the first writes one float64 sum of |W| per program, and in the second every
+program adds those up and so has the scale. The second goes through the matrix from its end, which the first
+has just read: what the L2 cache still holds is not read again from memory.
 
 The backward makes ``codes / s`` in one launch, from the latents and the ``g`` that the forward kept.
 """
@@ -139,7 +139,7 @@ def dequantized_weight(weight: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def transposed_codes(weight: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes as int8 (columns, rows), for a product over the rows, which int8 tensor cores want last; and
+    """The codes as int8 (columns, rows), for a product over the rows, which int8 tensor cores need last; and
     ``s`` bfloat16 (1,).
 
     Args:

@@ -1,8 +1,8 @@
 """Axolotl's other commands on a ternary config: what each would do to the latents, and what to run instead.
 
 `train`, `preprocess`, `inference`, `evaluate` and `merge-sharded-fsdp-weights` do the right thing. The others
-load the saved latents past the plugin, as a dense model. A config does not say which command reads it; click
-does, in whose context every command but those started by a launcher runs.
+load the saved latents without the plugin, as a dense model. The config does not hold which command reads it;
+click's context does, for every command but those started by a launcher.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REFUSED = {
 
 
 _BLOCKS = {"quantization": "quantize", "merge_lora": "merge-lora"}
-"""Keys that one of these commands alone reads, or sets: they tell it from Python too, where click is not."""
+"""Keys that one of these commands alone reads, or sets: they identify it from Python too, without click."""
 
 
 def command_refusals(cfg: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Optimizers that build parameter groups of their own, past Axolotl's lr_groups.
+# Optimizers that build parameter groups of their own and ignore Axolotl's lr_groups.
 _OWN_GROUPS = ("muon", "dion", "galore", "apollo", "lomo", "flash_")
 
 
@@ -32,8 +32,8 @@ def key_refusals(cfg: Mapping[str, Any]) -> list[str]:
         )
     if cfg.get("flash_attn_fuse_mlp"):
         found.append(
-            "`flash_attn_fuse_mlp: true` with `use_onebitllms`: the fused MLP reads weights past their "
-            "layers and would compute them dense. Remove it"
+            "`flash_attn_fuse_mlp: true` with `use_onebitllms`: the fused MLP reads weights without calling "
+            "their layers and would compute them dense. Remove it"
         )
     bitnet = cfg.get("bitnet")
     if isinstance(bitnet, Mapping) and bitnet.get("learning_rate_scope") == "ternary":

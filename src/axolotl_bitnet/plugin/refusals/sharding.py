@@ -17,16 +17,14 @@ def sharding_refusals(cfg: Mapping[str, Any]) -> list[str]:
     if isinstance(tensor_parallel, int) and tensor_parallel > 1:
         found.append(
             "`tensor_parallel_size` above 1 with `use_onebitllms`: a rank would take the scales of its part "
-            "of a matrix, or of a token, for those of the whole. (Needed would be: a sum over ranks for each "
-            "weight's scale; where the input is split, a maximum for each token's; partial products added as "
-            "integers.) Use FSDP2 (`dp_shard_size`) instead"
+            "of a matrix, or of a token, for those of the whole. Use FSDP2 (`dp_shard_size`) instead"
         )
     return found + _deepspeed_refusals(cfg)
 
 
 def fsdp_refusals(cfg: Mapping[str, Any]) -> list[str]:
-    """The same for FSDP, of a config whose ``fsdp_version`` says what it means (missing: 1 in Axolotl 0.19,
-    2 in 0.21)."""
+    """The same for FSDP, of a config that has its ``fsdp_version`` (missing, it is 1 in Axolotl 0.19, 2 in
+    0.21)."""
     options = _mapping(cfg.get("bitnet"))
     sharded = bool(cfg.get("fsdp_config") or cfg.get("fsdp"))
     if sharded and str(cfg.get("fsdp_version")) == "2":

@@ -1,4 +1,4 @@
-"""`bitnet.teacher` and `bitnet.start` where a loss or a layout would pass them by."""
+"""`bitnet.teacher` and `bitnet.start` where a loss or a layout would ignore them."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _why_not(trainer: Any, loaded: nn.Module | None) -> str | None:
 
 
 def refuse_dense_judges(trainer: Any) -> None:
-    """Raise ValueError when a reward model that GRPO asks was trained ternary and is loaded dense.
+    """Raise ValueError when a reward model of GRPO was trained ternary and is loaded dense.
 
     Latents computed as dense weights are another model than the one that was trained to judge.
     """

@@ -1,4 +1,4 @@
-"""TRL's cache of precomputed reference log-probabilities, made to tell ternary models from dense ones.
+"""TRL's cache of precomputed reference log-probabilities, made to distinguish ternary models from dense ones.
 
 Changes ``trl.trainer.dpo_trainer.hash_module`` (run on TRL 1.9 and 1.14). Without that name
 `precompute_ref_log_probs` is refused before training. Tests: tests/test_references.py,
@@ -20,7 +20,7 @@ from .trl_reference import is_ternary
 
 
 def key_precomputed_references() -> None:
-    """Make TRL's cache of precomputed reference log-probabilities tell ternary models from dense ones.
+    """Make TRL's cache of precomputed reference log-probabilities distinguish ternary models from dense ones.
 
     The cache file lies beside the prepared dataset, under a hash of the dataset and of the model's tensors. A
     ternary model has the tensors of the dense one that it was made from. Dense models keep their hash.

@@ -41,7 +41,7 @@ def push_dense_ternary(generation: Any, policy: nn.Module) -> None:
 
     Raises:
         RuntimeError: here, if this TRL pushes weights in a way that is not known, or reloads the base's
-            latents after the push; on a sync that passed a ternary weight by, before anything is generated.
+            latents after the push; on a sync that missed a ternary weight, before anything is generated.
     """
     known = ("enable_sleep_mode", "sync_weights")
     if any(not hasattr(generation, name) for name in known):

@@ -1,8 +1,8 @@
 """Watches a run: figures of the codes in the Trainer's log, warnings in plain words, and ``monitor.json``.
 
-:mod:`axolotl_bitnet.training.monitor.figures` says what is measured. The Trainer logs the figures with its
-loss (:func:`axolotl_bitnet.training.trainer_log.log_through`), so they are in its history and in every logger
-that it has.
+:mod:`axolotl_bitnet.training.monitor.figures` measures. The Trainer logs the figures with its loss
+(:func:`axolotl_bitnet.training.trainer_log.log_through`), so they are in its history and in every logger that
+it has.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .start_weight_codes import load_start, save_start
 
 __all__ = ["MONITOR_FILE", "Monitor", "Observation", "observe"]
 
-PATIENCE = 10  # steps without a flip before it is said
+PATIENCE = 10  # steps without a flip before a warning
 NO_FLIPS = 1e-6  # share of all codes
 RESTLESS, OF_FLIPS = 1e-4, 0.5  # at least this share flips, at least this share of it flips back
 _FINER = (
@@ -38,10 +38,10 @@ ALL_ZEROS, NO_ZEROS = 0.9, 0.01  # of a layer; normally distributed latents have
 
 
 class Monitor(TrainerCallback):
-    """Looks at the codes whenever the Trainer logs a step.
+    """Measures the codes whenever the Trainer logs a step.
 
     Args:
-        resumed: the checkpoint that the run goes on from, if any: it has the codes of the start.
+        resumed: the checkpoint that the run continues from, if any: it has the codes of the start.
         precision: dtype that updates are made in, where that is not the latents' own.
     """
 
@@ -96,7 +96,7 @@ class Monitor(TrainerCallback):
             _write(Path(args.output_dir), self.seen, state.global_step)
 
     def logs(self) -> dict[str, float]:
-        """The figures of the last step, if it was looked at."""
+        """The figures of the last step, if it was measured."""
         if self.seen is None or not self.fresh:
             return {}
         self.fresh = False
@@ -107,7 +107,7 @@ class Monitor(TrainerCallback):
         self.seen = observe(kwargs["model"], self.seen, rates, self.precision)
 
     def _from_the_start(self, seen: Observation, resumed: Path) -> Observation:
-        """The look at a resumed model, with the start's codes and scales."""
+        """The first measurement of a resumed model, with the start's codes and scales."""
         found = load_start(resumed, seen)
         missing = torch.tensor(float(found is None), device=seen.codes[0].device)
         if dist.is_available() and dist.is_initialized():
@@ -158,7 +158,7 @@ class Monitor(TrainerCallback):
                 "no zeros",
                 f"{count} of {len(zeros)} ternary layers have (almost) no zeros: {zeros[few]:.1%} of the "
                 f"codes of {few}. All latents of such a matrix are of about one size, and it computes as a "
-                "binary one: look at the base model",
+                "binary one: inspect the base model",
             )
 
     def _once(self, what: str, text: str) -> None:

@@ -1,8 +1,8 @@
 """What the ternary codes of a model do while it trains: how many flip, flip back, are zero; where scales go.
 
 The same elements of each matrix are measured each time (:mod:`axolotl_bitnet.training.monitor.sampling`).
-Their absmean stands for the matrix's, their codes for its codes; shares over the model weigh matrices by
-size. Three bytes an element are kept: its codes at the start and at the last two measurements.
+Their absmean and their codes are taken for the matrix's; shares over the model weigh matrices by size. Three
+bytes per element are kept: its codes at the start and at the last two measurements.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class LayerView:
     Attributes:
         size: number of codes.
         zeros: share that is zero.
-        flips, flips_total: share that differs from the look before, and from the start.
-        oscillation: share that flipped since the look before, back to what it was one look earlier.
+        flips, flips_total: share that differs from the measurement before, and from the start.
+        oscillation: share that flipped since the measurement before, back to the code of one earlier.
         frozen: share of latents that one update cannot move (:func:`unmoved_above`); NaN if no learning rate
             was given.
         scale, scale_start: absmean of the latents, now and at the start.
@@ -56,12 +56,12 @@ class LayerView:
 
 @dataclass(frozen=True)
 class Observation:
-    """A look at a model: :func:`observe`.
+    """A measurement of a model: :func:`observe`.
 
     Attributes:
         layers: by name, in the model's order.
-        codes, before, start: this rank's int8 codes of the elements looked at, now, one look ago and at the
-            first: a tensor (layers, elements) for all layers of which equally many are looked at.
+        codes, before, start: this rank's int8 codes of the measured elements, now, one measurement ago and at
+            the first: a tensor (layers, elements) for all layers of which equally many are measured.
         sharded: whether other ranks have other elements.
     """
 
@@ -115,13 +115,13 @@ def observe(
     learning_rate: float | Callable[[Tensor], float] | None = None,
     precision: torch.dtype | None = None,
 ) -> Observation:
-    """Look at a model's ternary codes, between two steps; nothing of the model changes.
+    """Measure a model's ternary codes, between two steps; the model does not change.
 
     Under FSDP every rank must call it, with the wrapped model, and all get the same figures.
 
     Args:
         model: a converted model, wrapped or not.
-        previous: the look before, at the same model; None for the first.
+        previous: the measurement before, of the same model; None for the first.
         learning_rate: of all layers, or as a function of a layer's weight, for :attr:`LayerView.frozen`.
         precision: dtype that updates are made in, where that is not the weights' own.
 
@@ -131,7 +131,7 @@ def observe(
     """
     layers = {clean_name(n): module for n, module in model.named_modules() if isinstance(module, BitLinear)}
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no BitLinear layer to look at: convert it first")
+        raise ValueError(f"{type(model).__name__} has no BitLinear layer to measure: convert it first")
     sharded = fsdp2_class()
     for module in model.modules():
         if isinstance(module, sharded):
@@ -190,11 +190,11 @@ def unmoved_above(dtype: torch.dtype, learning_rate: float) -> float:
 def _history(
     previous: Observation | None, codes: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Codes one look ago, two looks ago, and at the start."""
+    """Codes one measurement ago, two measurements ago, and at the start."""
     if previous is None:
         return codes, codes, codes
     if [one.shape for one in previous.codes] != [one.shape for one in codes]:
-        raise ValueError("the look before was at other layers, or other shards of them")
+        raise ValueError("the previous observation is of other layers, or of other shards of them")
     return previous.codes, previous.before, previous.start
 
 
@@ -208,5 +208,6 @@ def _limit(
 
 
 def _on(device: torch.device, values: list[Any], dtype: torch.dtype) -> Tensor:
-    """Numbers on a device, without waiting for what it computes: a look begins while a step still runs."""
+    """Numbers on a device, without waiting for what it computes: a measurement begins while a step still
+    runs."""
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -1,10 +1,10 @@
-"""Which latents are looked at, wherever a matrix's shards lie.
+"""Which latents are measured, wherever a matrix's shards are.
 
-Exact counts would read every latent at every log, which costs more than a training step can spare. So of each
-matrix the same elements are looked at each time: all of a small one, else every n-th (n has no factor in
-common with the length of a row, so that all columns come up).
+Exact counts would read every latent at every log, which is too slow for a training step. So of each matrix
+the same elements are measured each time: all of a small one, else every n-th (n has no factor in common with
+the length of a row, so that all columns occur).
 
-A sharded matrix is looked at by each rank where its shard is, and the sums are added over the ranks.
+Each rank measures its own shard of a matrix, and the sums are added over the ranks.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ...layers.bitlinear import BitLinear
 from ...model.whole_weights import fsdp1_unit_of
 
 ELEMENTS = 2**23
-"""Elements looked at in a model, at most. Each matrix has an equal part, whether it needs it or not."""
+"""Elements measured in a model, at most. Each matrix has an equal part, whether it needs it or not."""
 
 
 class Unwatchable(RuntimeError):
-    """The latents are nowhere to be looked at; the message says why."""
+    """The latents cannot be measured; the message has the reason."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank looks at of a matrix.
+    """What this rank measures of a matrix.
 
     Attributes:
         elements: (count,), a view of this rank's shard.
@@ -66,7 +66,7 @@ def pieces_of(model: nn.Module, layers: Mapping[str, BitLinear]) -> list[Piece]:
 def _shard(name: str, weight: Any, unit: Any) -> tuple[Tensor, tuple[dist.ProcessGroup, ...], torch.device]:
     """This rank's part of a weight, the groups over which the parts are spread, and the device."""
     if hasattr(weight, "ds_id"):
-        raise Unwatchable("ZeRO-3 takes weights apart, and would have to gather all of them to look at them")
+        raise Unwatchable("under ZeRO-3 no rank holds a whole weight, and measuring would gather all of them")
     if hasattr(weight, "device_mesh"):
         mesh = weight.device_mesh
         dims = [dim for dim, placement in enumerate(weight.placements) if placement.is_shard()]

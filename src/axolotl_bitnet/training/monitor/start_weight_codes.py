@@ -1,6 +1,6 @@
-"""The codes and scales of a run's start, beside its checkpoints: a resumed run goes on counting from there.
+"""The codes and scales of a run's start, beside its checkpoints: a resumed run counts from there.
 
-A file a rank where weights are sharded, else one: the codes that :func:`observe` looks at, 2 bits each, at
+A file per rank where weights are sharded, else one: the codes that :func:`observe` measures, 2 bits each, at
 most 2 MiB in all.
 """
 

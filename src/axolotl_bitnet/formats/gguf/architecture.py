@@ -112,7 +112,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     """Sizes from a config.json.
 
     Raises:
-        CheckpointError: one is missing or no positive integer.
+        CheckpointError: one is missing or not a positive integer.
     """
 
     def number(key: str, default: int | None = None) -> int:

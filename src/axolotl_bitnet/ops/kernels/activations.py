@@ -61,7 +61,7 @@ def _dequantize(codes_ptr, r_ptr, out_ptr, columns, blocks, BLOCK: tl.constexpr)
     codes = tl.load(codes_ptr + row * columns + column, mask=mask).to(tl.float32)
     r = tl.load(r_ptr + row)
     # A division per element costs more than the memory traffic; where the result is rounded to 16 bits
-    # anyway, one a row does.
+    # anyway, one per row is enough.
     if out_ptr.dtype.element_ty == tl.float32:
         x = tl.div_rn(codes, tl.broadcast_to(r, codes.shape))
     else:

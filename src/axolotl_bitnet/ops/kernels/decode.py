@@ -133,7 +133,7 @@ def _finish(
     rows, out_features, byte_rows, tile, share, b, m,
     BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Add up the shares of a tile, if it is divided, and scale and write it: who comes last does."""
+    """Add up the shares of a tile, if it is divided, then scale and write it: the last program does."""
     used = (b < byte_rows)[:, None] & (m < rows)[None, :]
     last = True
     if SPLIT > 1:

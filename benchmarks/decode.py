@@ -1,11 +1,11 @@
-"""Products of a few rows with packed weights, and the tokens a second of a packed model, on one GPU::
+"""Products of a few rows with packed weights, and the tokens per second of a packed model, on one GPU::
 
     python benchmarks/decode.py                  # all, to results/decode.csv and decode_tokens.csv here
     python benchmarks/decode.py checks products
 
 Each product is captured as a CUDA graph of a round over so many copies of the weight that none is still in
 the cache when its turn comes. Ours and transformers' count the quantization of the activations. ``share`` is
-the stored bytes a second over the bandwidth of a large copy (bytes read and written) in the same run; where
+the stored bytes per second over the bandwidth of a large copy (bytes read and written) in the same run; where
 the weight is small, what is left is the start of the kernels. Ours is cut in several ways (``how``: columns a
 step, warps, stages, programs that share a tile); the empty one is what the package takes.
 """
@@ -211,7 +211,7 @@ def _transformers_layer(weight: Tensor) -> nn.Module:
 
 
 def _humming_layer(weight: Tensor, out: int, columns: int) -> nn.Module:
-    """2-bit weights with a scale a row, 8-bit activations quantized a token at a time."""
+    """2-bit weights with a scale per row, 8-bit activations with a scale per token."""
     from humming.layer import HummingLayer
 
     how = {"weight_config": {"dtype": "int2"}, "input_config": {"dtype": "int8"}}

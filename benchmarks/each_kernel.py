@@ -101,7 +101,7 @@ def passes(tokens: int) -> Iterator[dict[str, Any]]:
         x, y, n = random(tokens, columns), random(tokens, columns), tokens * columns
         shape = f"{tokens} x {columns}"
         codes, r = ops.quantize_activations(x, x.dtype)
-        peer = partial(activation_quant_triton, x[None])  # wants a batch
+        peer = partial(activation_quant_triton, x[None])  # needs a batch
         yield of("quantize_activations", shape, 3 * n, x, x.dtype, onebitllms=peer)
         yield of("dequantize_activations", shape, 3 * n, codes, r, x.dtype)
         if columns > 2048:

@@ -35,7 +35,7 @@ class Link:
     """Bytes counted, and a speed for all communication of a model."""
 
     def __init__(self, cycles: float) -> None:
-        self.cycles, self.speed = cycles, 0.0  # cycles a second; bytes a second, 0: as fast as it is
+        self.cycles, self.speed = cycles, 0.0  # cycles per second; bytes per second, 0: as fast as it is
         self.gathered = self.reduced = 0
 
     def pass_on(self, nbytes: int) -> None:

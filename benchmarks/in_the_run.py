@@ -1,7 +1,7 @@
 """The step of the run that people start: the shipped SFT recipe in Axolotl, dense and ternary, on real rows.
 
 Takes examples/falcon-e/sft.yaml as it is, but for a base with random weights of Falcon-E's shape and random
-tokens: rows packed of conversations of about 1k tokens that the mask keeps apart, or whole documents. All
+tokens: rows packed of conversations of about 1k tokens that the mask separates, or whole documents. All
 kinds run one after the other in one process a GPU, so they share the machine and the data. A row of the CSV
 is written when its kind is done; a kind that fails leaves its error there. After the timed steps one step is
 profiled (GPU-busy, NCCL, launches, CPU time by function).
@@ -237,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--shape", choices=SHAPES, default="1B")
-    parser.add_argument("--sequence", type=int, default=8192, help="tokens a micro-batch")
+    parser.add_argument("--sequence", type=int, default=8192, help="tokens per micro-batch")
     parser.add_argument("--rows", choices=("documents", "conversations"), default="documents")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3)
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no kind begins")
     parser.add_argument("--no-profile", dest="profile", action="store_false")
     parser.add_argument("--trace", action="store_true", help="keep the profiled steps' traces")
-    parser.add_argument("--note", default="", help="what the rows are to be told apart by")
+    parser.add_argument("--note", default="", help="a note that distinguishes the rows")
     parser.add_argument("--set", help="keys to put into the recipe, as YAML")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "in_the_run")
     parser.add_argument("--out", type=Path, default=RESULTS / "in_the_run.csv")

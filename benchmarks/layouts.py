@@ -1,4 +1,4 @@
-"""The same run in every layout: losses and fingerprint, held against those of one process.
+"""The same run in every layout: losses and fingerprint, compared with those of one process.
 
     python benchmarks/layouts.py --processes 2 single single-2-micro ddp fsdp2-full zero3
 

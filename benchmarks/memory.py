@@ -1,7 +1,7 @@
 """Peak memory of the recipes in Axolotl: shapes, lengths, one and two GPUs, two kinds of state.
 
 Takes examples/falcon-e/sft-1b.yaml (one GPU) and sft.yaml (FSDP2) as they are, but for a base with random
-weights of Falcon-E's shape, random tokens, two micro-batches a step and two steps. State is that of the
+weights of Falcon-E's shape, random tokens, two micro-batches per step and two steps. State is that of the
 recipe (float32 latents, fused AdamW) or its low-memory variant (bfloat16 latents, stochastic rounding, 8-bit
 moments). Axolotl resets the allocator's peaks whenever it logs, so the peaks are read before each reset.
 
@@ -33,7 +33,7 @@ COLUMNS = (
     "shape", "sequence", "gpus", "state", "parameters", "peak_allocated_gib", "peak_reserved_gib",
     "backward_gib", "optimizer_gib", "between_steps_gib", "end_gib", "seconds", "machine", "error",
 )  # fmt: skip
-STATES = {"float32": 16.0, "low": 6.1}  # bytes a parameter, for the estimate by which runs share a GPU
+STATES = {"float32": 16.0, "low": 6.1}  # bytes per parameter, for the estimate by which runs share a GPU
 SIZES = {"tiny": 0.1, "1B": 1.72, "3B": 3.05}
 GIB = 2**30
 
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="names of runs, such as 1B-8192-1-low")
     parser.add_argument("--end", action="store_true", help="save, pack and verify at the end of the 1B runs")
     parser.add_argument("--room", type=float, help="GiB of a GPU that runs may share; all but 1.5 by default")
-    parser.add_argument("--timeout", type=float, default=150, help="seconds a run")
+    parser.add_argument("--timeout", type=float, default=150, help="seconds per run")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop in time for this")
     parser.add_argument("--shapes", nargs="*", default=["1B-8192", "3B-8192", "3B-32768"])
     parser.add_argument("--gpus", type=int, nargs="*", default=[1, 2])

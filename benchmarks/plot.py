@@ -20,7 +20,7 @@ COLOURS = {
     "AutoBitLinear": "#9334e6",
     "torchao": "#188038",
 }
-TOP = 2.0  # higher bars are cut, and say how high they are
+TOP = 2.0  # higher bars are cut, and show their value
 HELPS = {"none": "no help", "liger": "Liger", "compile": "torch.compile"}
 
 

@@ -1,4 +1,4 @@
-"""The SFT recipe on 1, 2, 4, 8 GPUs: tokens a second, how well that scales, memory, bytes gathered.
+"""The SFT recipe on 1, 2, 4, 8 GPUs: tokens per second, how well that scales, memory, bytes gathered.
 
 Takes examples/falcon-e/sft.yaml as it is, but for a base with random weights of Falcon-E's shape, random
 tokens and few steps, and trains it in Axolotl: dense (bf16 nn.Linear), ternary with FSDP2's own all-gather
@@ -196,10 +196,10 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--shape", choices=SHAPES, default="3B")
-    parser.add_argument("--sequence", type=int, default=32768, help="the recipe's; tokens a micro-batch")
+    parser.add_argument("--sequence", type=int, default=32768, help="the recipe's; tokens per micro-batch")
     parser.add_argument("--replicate", type=int, default=1, help="HSDP: so many replicas of the shards")
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--timeout", type=int, default=240, help="seconds a run")
+    parser.add_argument("--timeout", type=int, default=240, help="seconds per run")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "scaling")
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling.csv")
     args = parser.parse_args()

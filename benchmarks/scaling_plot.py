@@ -1,4 +1,4 @@
-"""The plot of scaling.csv, and its table as Markdown: tokens a second by GPUs.
+"""The plot of scaling.csv, and its table as Markdown: tokens per second by GPUs.
 
 python benchmarks/scaling_plot.py
 """
@@ -22,14 +22,15 @@ KINDS = {  # kind: name, colour
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Plot tokens a second by GPUs.")
+    parser = argparse.ArgumentParser(description="Plot tokens per second by GPUs.")
     parser.add_argument("--csv", type=Path, default=RESULTS / "scaling.csv")
     parser.add_argument("--shape", default="3B")
     args = parser.parse_args()
     rows = [row for row in read_csv(args.csv) if row["shape"] == args.shape and not row["error"]]
     figure, axis = plt.subplots(figsize=(5, 3.6))
     print(
-        "| GPUs | | s a step | tokens a second | of one GPU's times GPUs | GiB a GPU | GB gathered a step |"
+        "| GPUs | weights | s per step | tokens per second | of one GPU's times GPUs | GiB per GPU "
+        "| GB gathered per step |"
     )
     print("|---|---|---|---|---|---|---|")
     for kind, (name, colour) in KINDS.items():
@@ -50,7 +51,7 @@ def main() -> None:
     axis.xaxis.set_major_formatter("{x:.0f}")
     axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set_xlabel("GPUs")
-    axis.set_ylabel("tokens a second")
+    axis.set_ylabel("tokens per second")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
     figure.tight_layout()

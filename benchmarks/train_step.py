@@ -24,7 +24,7 @@ from common import PEERS, RESULTS, free, machine, make_ternary, median_ms, read_
 from axolotl_bitnet.layers.weight_codes import weights_unchanged as weights_unchanged
 
 SHAPES = {"1B": (9216, 24), "3B": (13312, 32)}  # intermediate size, layers; hidden 2048, heads 16 / 2 of 128
-ROWS = {  # name: shape, sequences of a micro-batch, tokens of each, micro-batches a step, checkpointing
+ROWS = {  # name: shape, sequences of a micro-batch, tokens of each, micro-batches per step, checkpointing
     "3B 8k": ("3B", 1, 8192, 1, False),
     "3B 32k ckpt": ("3B", 4, 8192, 1, True),
     "1B 8k": ("1B", 1, 8192, 1, False),
@@ -93,7 +93,7 @@ def measure(
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         ids = torch.randint(32768, (sequences, tokens), device="cuda")
         gradient = torch.randn(sequences, tokens, 2048, device="cuda", dtype=torch.bfloat16) / tokens
-        # As the plugin's callback tells the Trainer; weights that are read once need no memory for it.
+        # As the plugin's callback does; weights that are read once need no memory for it.
         rereads = peer == "axolotl-bitnet" and (micro_batches > 1 or checkpointing)
         window = weights_unchanged if rereads else nullcontext
 

@@ -90,7 +90,8 @@ def read_base(model: Path, work: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **named)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         vars(read.config).pop(name, None)
-    plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)  # what is read says GGUF
+    # the config that was read is a GGUF's
+    plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
     plain.load_state_dict(read.state_dict())
     plain.save_pretrained(work / "base.part")
     (work / "base.part").rename(work / "base")
@@ -132,7 +133,7 @@ def autocast() -> Any:
 
 
 def hidden_of(model: Any, ids: Tensor) -> Tensor:
-    """As the decoder's forward, which looks at positions on the CPU: (batch, length, size)."""
+    """As the decoder's forward, which reads positions on the CPU: (batch, length, size)."""
     embedding = model.model.embed_tokens
     hidden = _Embedding.apply(ids, embedding.weight, embedding.padding_idx)
     rotary = model.model.rotary_emb(hidden, torch.arange(ids.shape[1], device=ids.device)[None])

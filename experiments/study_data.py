@@ -52,7 +52,7 @@ def _rows(batches: Tensor) -> Tensor:
 
 
 def load(text: Path, tokenizer: Any, small: bool = False) -> dict[str, Batches]:
-    """The three tasks, 8,192 tokens a step (some hundred if ``small``, to try the script on a CPU)."""
+    """The three tasks, 8,192 tokens per step (some hundred if ``small``, to try the script on a CPU)."""
     lines = [line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
     edge = len(lines) * 9 // 10
     parts = lines[:edge], lines[edge:]

@@ -21,7 +21,7 @@ Rows = list[dict[str, Any]]
 
 
 def key(row: dict[str, Any] | Setting) -> tuple[str, ...]:
-    """A setting as the results' columns say it."""
+    """A setting as it is in the results' columns."""
     values = asdict(row) if isinstance(row, Setting) else row
     return tuple(str(values[field.name]) for field in fields(Setting))
 

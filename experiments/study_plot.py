@@ -163,7 +163,7 @@ def plot_continued(rows: Rows, curves: Rows) -> None:
 
 
 def table(rows: Rows, task: str, columns: dict[str, Callable[[float], str]]) -> str:
-    """Means over the seeds, a line a setting."""
+    """Means over the seeds, a line per setting."""
     names = ("model", "latents", "optimizer", "scope", "weight_decay", "ramp")
     groups: dict[tuple[str, ...], Rows] = {}
     for row in where(rows, task=task):

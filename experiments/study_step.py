@@ -44,7 +44,7 @@ class _Embedding(torch.autograd.Function):
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
-    """As the model's forward, which looks at positions on the CPU. Causal, no mask: padding is last."""
+    """As the model's forward, which reads positions on the CPU. Causal, no mask: padding is last."""
     embedding = model.model.embed_tokens
     hidden = _Embedding.apply(ids, embedding.weight, embedding.padding_idx)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Print the path of a Chromium for the tests that look at pages: $CHROMIUM, one on PATH, or the one that the npm package
+# Print the path of a Chromium for the tests that open pages: $CHROMIUM, one on PATH, or the one that the npm package
 # @sparticuz/chromium carries, unpacked once into the cache of scripts/environment.sh. Status 1 where none runs.
 set -eu
 

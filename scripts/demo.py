@@ -13,7 +13,7 @@ OUTPUTS = Path("outputs")
 
 
 def train(recipe: str, title: str, keys: list[str]) -> None:
-    """Run one recipe, its output into a file, and say how the logged values began and ended."""
+    """Run one recipe, its output into a file, and print how the logged values began and ended."""
     log = OUTPUTS / f"tiny-{recipe}.log"
     command = ["axolotl", "train", str(TINY / f"{recipe}.yaml"), "--launcher", "python"]
     print(f"\n{title}\n  {' '.join(command)}    (log: {log})", flush=True)
@@ -46,7 +46,7 @@ def main() -> None:
     ask(OUTPUTS / "tiny-sft" / "packed", "--min", "0.9")
     train("dpo", "2. Preference optimization of the result, against a ternary reference", ["rewards/margins"])
     ask(OUTPUTS / "tiny-dpo" / "packed", "--min", "0.9")
-    print("\nDone. Yours to look at: outputs/tiny-dpo (latents), outputs/tiny-dpo/packed (2 bits a weight).")
+    print("\nDone. See outputs/tiny-dpo (latents), outputs/tiny-dpo/packed (2 bits per weight).")
 
 
 if __name__ == "__main__":

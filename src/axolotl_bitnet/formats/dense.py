@@ -117,7 +117,8 @@ class DenseCheckpoint(TernaryCheckpoint):
         found = read_signs(self._reader, key)
         if found is None:
             raise CheckpointError(
-                f"{self.folder}: '{key}' is not ternary any more: it has more than one magnitude, or a NaN"
+                f"{self.folder}: '{key}' is not ternary any more: it has more than one magnitude, or a NaN. "
+                "Write it again"
             )
         return found
 

@@ -124,7 +124,10 @@ class MatrixFormat(FolderFormat):
         codes, s = source.codes(name)
         require_scale(source, weight, s)
         if codes.numel() and (int(codes.amax()) > 1 or int(codes.amin()) < -1):
-            raise CheckpointError(f"{source.folder}: '{weight.name}' holds codes beside -1, 0 and 1: damaged")
+            raise CheckpointError(
+                f"{source.folder}: '{weight.name}' holds codes beside -1, 0 and 1: it is damaged. Get "
+                "it again"
+            )
         try:
             tensors = self.tensors(weight, codes, s)
         except ValueError as error:
@@ -153,7 +156,8 @@ def require_embeddings(source: TernaryCheckpoint) -> None:
     tokens = token_count(source.companions)
     if len(embeddings) == 1 and tokens is not None and tokens > (rows := embeddings[0].shape[0]):
         raise CheckpointError(
-            f"{source.companions}: its tokenizer has {tokens} tokens, the model only {rows} embeddings"
+            f"{source.companions}: its tokenizer has {tokens} tokens, the model only {rows} embeddings. "
+            "Put the model's own tokenizer there, or resize the embeddings and save the model again"
         )
 
 

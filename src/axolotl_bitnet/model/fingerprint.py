@@ -60,7 +60,8 @@ class Fingerprint:
         """
         if data["definition"] != DEFINITION:
             raise ValueError(
-                f"the fingerprint is of definition {data['definition']}, this package has {DEFINITION}"
+                f"the fingerprint is of definition {data['definition']}, this package has {DEFINITION}: "
+                "use the version that made it"
             )
         tensors = {
             name: TensorFingerprint(tuple(entry["shape"]), entry["codes"], entry["scale"], entry["zeros"])

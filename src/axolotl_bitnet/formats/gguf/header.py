@@ -54,7 +54,7 @@ class Header:
         stored = self.tensors[name]
         data = np.fromfile(self.path, dtype=np.uint8, count=stored.nbytes, offset=stored.offset)
         if data.size != stored.nbytes:
-            raise CheckpointError(f"{self.path} ends within '{name}': it was cut short")
+            raise CheckpointError(f"{self.path} ends within '{name}': it was cut short. Get it again")
         rows = int(np.prod(stored.shape[:-1], dtype=np.int64))
         return data.reshape(rows, -1)
 
@@ -85,7 +85,9 @@ def read_header(path: str | Path, sizes: dict[int, tuple[int, int]]) -> Header:
         try:
             return _parse(path, _Cursor(data), sizes)
         except (struct.error, UnicodeDecodeError, KeyError, OverflowError) as error:
-            raise CheckpointError(f"{path} is damaged or cut short within its header: {error!r}") from error
+            raise CheckpointError(
+                f"{path} is damaged or cut short within its header ({error!r}). Get it again"
+            ) from error
 
 
 class _Cursor:
@@ -142,12 +144,12 @@ def _parse(path: Path, cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> He
         found.append((name, cursor.take("I"), tuple(reversed(dimensions)), cursor.take("Q")))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0:
-        raise CheckpointError(f"{path} is damaged: its alignment is {alignment!r}")
+        raise CheckpointError(f"{path} is damaged: its alignment is {alignment!r}. Get it again")
     start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, Stored] = {}
     for name, kind, shape, offset in found:
         if name in tensors:
-            raise CheckpointError(f"{path} holds the tensor '{name}' twice")
+            raise CheckpointError(f"{path} holds the tensor '{name}' twice. Get it again")
         if kind == _I2_S:
             raise CheckpointError(
                 f"{path}: '{name}' is of type I2_S, bitnet.cpp's own, which is not read: take the model's "
@@ -166,7 +168,7 @@ def _parse(path: Path, cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> He
     _check_places(path, tensors, len(cursor.data))
     end = max((stored.offset + stored.nbytes for stored in tensors.values()), default=start)
     if (rest := len(cursor.data) - end) > alignment:
-        raise CheckpointError(f"{path} is damaged: {rest:,} bytes follow its last tensor")
+        raise CheckpointError(f"{path} is damaged: {rest:,} bytes follow its last tensor. Get it again")
     return Header(path, metadata, tensors)
 
 
@@ -184,5 +186,5 @@ def _check_places(path: Path, tensors: dict[str, Stored], end: int) -> None:
                 "is not read: have the file made again by a newer llama.cpp"
             )
         if following is None or stored.offset + stored.nbytes > end:
-            raise CheckpointError(f"{path} ends before or within '{name}': it was cut short")
-        raise CheckpointError(f"{path} is damaged: tensor '{name}' overlaps '{following[0]}'")
+            raise CheckpointError(f"{path} ends before or within '{name}': it was cut short. Get it again")
+        raise CheckpointError(f"{path} is damaged: tensor '{name}' overlaps '{following[0]}'. Get it again")

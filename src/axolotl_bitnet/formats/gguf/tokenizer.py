@@ -118,7 +118,10 @@ def _tokens(
 ) -> tuple[list[str], list[int]]:
     most = max(ids.values()) + 1
     if most > size:
-        raise CheckpointError(f"{folder}: its tokenizer has {most} tokens, the model only {size} embeddings")
+        raise CheckpointError(
+            f"{folder}: its tokenizer has {most} tokens, the model only {size} embeddings. "
+            "Put the model's own tokenizer there"
+        )
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [UNUSED] * size
     for token, i in ids.items():

@@ -205,7 +205,9 @@ def _dense(tensor: Tensor, part: _Part, where: Path) -> np.ndarray[Any, Any]:
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[part.kind]
     stored = tensor.to(dtype)
     if part.kind == "f16" and not bool(torch.isfinite(stored).all()):
-        raise CheckpointError(f"{where}: '{part.key}' holds values beyond fp16's range: write it as bf16")
+        raise CheckpointError(
+            f"{where}: '{part.key}' holds values beyond fp16's range: write it as bf16 (--embeddings bf16)"
+        )
     return stored.contiguous().view(torch.uint8).numpy()
 
 

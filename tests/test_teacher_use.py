@@ -129,7 +129,7 @@ STRETCHED = {"use_onebitllms": True, "bitnet": {"start": "stretch"}}
 @pytest.mark.parametrize(
     "keys, words",
     [
-        (TAUGHT | {"rl": "dpo"}, "compares answers"),
+        (TAUGHT | {"rl": "dpo"}, "ranks answers"),
         (TAUGHT | {"deepspeed": {"zero_optimization": {"stage": 2}}}, "Use FSDP2 or DDP"),
         (TAUGHT | {"context_parallel_size": 2}, "after the sequence is cut"),
         (TAUGHT | {"use_eaft": True}, "a loss of its own"),
@@ -137,7 +137,7 @@ STRETCHED = {"use_onebitllms": True, "bitnet": {"start": "stretch"}}
         (TAUGHT | {"reward_model": True}, "trains a score"),
         (TAUGHT | {"processor_type": "AutoProcessor"}, "more than text"),
         ({"use_onebitllms": True, "kd_trainer": True}, "Use `bitnet.teacher: base`"),
-        ({"use_onebitllms": True, "bitnet": {"teacher_weight": 0.5}}, "no model teaches"),
+        ({"use_onebitllms": True, "bitnet": {"teacher_weight": 0.5}}, "there is no teacher"),
         (STRETCHED | {"deepspeed": {"zero_optimization": {"stage": 2}}}, "masters of the weights"),
         (STRETCHED | {"reinit_weights": True}, "nothing to keep"),
         (STRETCHED | {"rl": "kto"}, "reference model would not be stretched"),

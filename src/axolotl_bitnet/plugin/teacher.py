@@ -133,7 +133,7 @@ def _refuse_other_words(name: str, tokenizer: Any) -> None:
 
     if AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
         raise TeacherError(
-            f"the teacher {name} has another tokenizer than the model: its answers are about other words. "
+            f"the teacher {name} has another tokenizer than the model: its words are not the model's. "
             "Choose a teacher of the same family"
         )
 

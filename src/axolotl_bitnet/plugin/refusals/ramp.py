@@ -23,8 +23,8 @@ def ramp_refusals(cfg: Mapping[str, Any]) -> list[str]:
     if has_reference(cfg):
         found.append(
             f"`bitnet.ramp_steps` with `rl: {method}`: the reference model is fully ternary, and on a base "
-            "that needs a ramp it is broken until it has trained; rewards would measure that. Train with "
-            "the ramp by supervised fine-tuning first, then run the preference method on its output"
+            "that needs a ramp it is broken until it has trained; rewards would compare with that. Train "
+            "with the ramp by supervised fine-tuning first, then run the preference method on its output"
         )
     trl = cfg.get("trl")
     if isinstance(trl, Mapping) and trl.get("use_vllm"):

@@ -33,7 +33,7 @@ def teacher_refusals(cfg: Mapping[str, Any]) -> list[str]:
         for key in ("teacher_temperature", "teacher_weight"):
             if options.get(key) not in (None, 1, 1.0):
                 found.append(
-                    f"`bitnet.{key}` without `bitnet.teacher`: no model teaches. Add one or remove it"
+                    f"`bitnet.{key}` without `bitnet.teacher`: there is no teacher. Add one or remove it"
                 )
     if options.get("start") == "stretch":
         if cfg.get("deepspeed"):
@@ -60,7 +60,7 @@ def teacher_fsdp_refusals(options: Mapping[str, Any]) -> list[str]:
             (
                 "start",
                 options.get("start") if options.get("start") == "stretch" else None,
-                "none is one matrix",
+                "no weight is one matrix there",
             ),
         )
         if value
@@ -72,8 +72,9 @@ def _teacher_alone(cfg: Mapping[str, Any]) -> list[str]:
     method = getattr(cfg.get("rl"), "value", cfg.get("rl"))
     if method:
         found.append(
-            f"`bitnet.teacher` with `rl: {method}`: a preference method compares answers, a teacher gives "
-            "words. Train with the teacher by supervised fine-tuning first, then run the method on its output"
+            f"`bitnet.teacher` with `rl: {method}`: a preference method ranks answers, a teacher's loss is "
+            "per word. Train with the teacher by supervised fine-tuning first, then run the method on its "
+            "output"
         )
     if cfg.get("deepspeed"):
         found.append(

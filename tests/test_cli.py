@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from axolotl_bitnet.cli.main import main
 from axolotl_bitnet.formats.export import export
-from axolotl_bitnet.formats.registry import FORMATS
+from axolotl_bitnet.formats.registry import FOLDERS, FORMATS, output_dir_of
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.storage.progress import listening
 from axolotl_bitnet.storage.safetensors_stream import SafetensorsWriter, weight_bytes
@@ -123,6 +123,121 @@ def test_every_writer(whole_run: Path, tmp_path: Path, name: str, words: list[st
     if name != "packed":
         assert _call("restore", target, tmp_path / "restored")[0] == 0
         assert _call("verify", tmp_path / "restored", "--against", target, "--no-run")[0] == 0
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_export_writes_what_a_run_does_where_a_run_does(whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns(*FOLDERS))
+    latents = _files(run)
+    code, output = _call("export", run, "--to", ",".join(MADE))
+    assert code == 0, output
+    assert [line.split(": ")[0] for line in output.splitlines()] == [
+        str(run / FORMATS[name].path) for name in MADE
+    ]
+    made = _files(run)
+    expected = {name: data for name, data in _files(whole_run).items() if name.split("/")[0] in FOLDERS}
+    assert made.keys() == latents.keys() | expected.keys()
+    for name in MADE:
+        code, output = _call("verify", run / FORMATS[name].path, "--no-run")
+        assert code == 0 and output.startswith("verified: 7 ternary layers"), output
+    assert all(made[name] == data for name, data in expected.items() if "gguf" not in name)
+
+    (run / "dense" / "config.json").write_text("{}")  # from an artifact, to its neighbours
+    code, output = _call("export", run / "packed", "--to", "mlx,dense")
+    assert code == 2 and "--overwrite" in output and (run / "dense" / "config.json").read_text() == "{}"
+    outcome = _json("export", run / "packed", "--to", "mlx,dense,mlx", "--overwrite", "--json")
+    assert [(each["format"], each["path"]) for each in outcome] == [
+        (name, str(run / name)) for name in ("mlx", "dense")
+    ]
+    assert _files(run) == made
+
+
+def test_export_elsewhere(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, output = _call("export", run_folder, "--to", "packed", "--output-dir", tmp_path / "new" / "place")
+    assert code == 0 and (tmp_path / "new" / "place" / "packed" / "model.safetensors").exists(), output
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    code, output = _call("export", run_folder, "--to", "dense")
+    assert code == 2 and "hub's cache" in output and "--output-dir" in output
+    assert not (run_folder / "dense").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "folder"),
+    [
+        ("run", "run"),
+        ("run/packed", "run"),
+        ("run/gguf", "run"),
+        ("run/gguf/model-Q2_0.gguf", "run"),
+        ("run/other.gguf", "run"),
+        ("run/checkpoint-3", "run/checkpoint-3"),
+        ("packed", "."),
+    ],
+)
+def test_artifacts_lie_beside_the_source(
+    source: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(source)
+    if path.suffix:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert output_dir_of(path) == Path(folder)
+    assert output_dir_of(tmp_path / path) == tmp_path / folder
+
+
+def test_export_names_the_formats_it_knows(run_folder: Path) -> None:
+    for text in ("packed,tq2_0", "", "packed,"):
+        code, output = _call("export", run_folder, "--to", text)
+        assert code == 2 and all(name in output for name in FORMATS), output
+    assert f"unknown format '{text.split(',')[-1]}'" in output
+    code, output = _call("export", run_folder)
+    assert code == 2 and "--to" in output
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("taken", "notes.txt"),
+        ("refused", "with full attention only"),
+        ("no space for all of them", "no space"),
+        ("only the weights tell", "NaN"),
+    ],
+)
+def test_export_writes_all_or_nothing(
+    whole_run: Path, tmp_path: Path, reason: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns(*FOLDERS))
+    names = ["packed", "gguf-q2_0", "dense", "mlx"] if HAS_GGUF else ["packed", "dense", "mlx"]
+    if reason == "taken":
+        (run / "mlx").mkdir()
+        (run / "mlx" / "notes.txt").write_text("mine")
+    elif reason == "refused":  # by mlx alone
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | {"use_sliding_window": True}))
+        names = ["packed", "dense", "mlx"]
+    elif reason == "no space for all of them":  # but for each
+        usage = shutil.disk_usage(run)
+        free = weight_bytes(run) * 6 // 10  # dense takes half of what the latents do
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+    else:
+        tensors = load_file(run / "model.safetensors")
+        tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+        save_file(tensors, run / "model.safetensors", {"format": "pt"})
+    before = _files(run)
+    if reason != "only the weights tell":
+        fail = staticmethod(lambda *_, **__: pytest.fail("written before a refusal"))
+        monkeypatch.setattr(SafetensorsWriter, "__init__", fail)
+        monkeypatch.setattr("axolotl_bitnet.formats.gguf.writer._write", fail)
+    code, output = _call("export", run, "--to", ",".join(names), "--overwrite")
+    assert code == 2 and said in output, output
+    assert _files(run) == before and {path.name for path in run.iterdir()} == {
+        name.split("/")[0] for name in before
+    }
 
 
 @pytest.mark.skipif(not HAS_GGUF, reason="needs the gguf package")
@@ -230,7 +345,7 @@ def test_json_is_refused_where_axolotls_banner_came_first(run_folder: Path) -> N
     """Axolotl's own group prints, and colorama flushes it, before it imports anything of ours."""
     outer = click.Group("axolotl", commands={"bitnet": main})
     result = CliRunner().invoke(outer, ["bitnet", "inspect", str(run_folder), "--json"])
-    assert result.exit_code == 2 and "use `axolotl-bitnet inspect ... --json`" in result.stderr
+    assert result.exit_code == 2 and "Run `axolotl-bitnet inspect ... --json`" in result.stderr
     assert CliRunner().invoke(outer, ["bitnet", "inspect", str(run_folder)]).exit_code == 0
 
 
@@ -353,7 +468,10 @@ def test_every_command_is_on_its_page_and_no_help_is_cut_off() -> None:
     page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
     for name in main.list_commands(click.Context(main)):
         assert f"\n| `{name}" in page, name
-        assert "..." not in _call(name, "--help")[1].replace("[OPTIONS]...", "")
+    for words in ([], *([name] for name in main.list_commands(click.Context(main)))):
+        result = CliRunner().invoke(main, [*words, "--help"], terminal_width=80)
+        assert "..." not in result.output.replace("[ARGS]...", ""), result.output
+        assert max(map(len, result.output.splitlines())) <= 80, result.output
     assert main.get_short_help_str() == "Ternary (1.58-bit) models."  # what `axolotl --help` shows, whole
 
 

@@ -427,7 +427,7 @@ def test_weights_that_cannot_be_written_are_named(latents: Path, tmp_path: Path)
         source = changed_tensors(latents, tmp_path / name, **{tensor: change})
         with pytest.raises(CheckpointError, match=f"{tensor}.*{reason}"):
             export_gguf(source, tmp_path / "out" / "model.gguf", **options)
-        assert list((tmp_path / "out").iterdir()) == []
+        assert not (tmp_path / "out").exists()
     # but a layer of zeros has its scale, if in no form without one
     source = changed_tensors(latents, tmp_path / "zero", **{key: torch.zeros_like})
     found = GGUFCheckpoint(export_gguf(source, tmp_path / "zero.gguf"))

@@ -81,6 +81,20 @@ def test_commands_that_need_no_torch_do_not_import_it(arguments: list[str], tmp_
     assert _heavy(f"from axolotl_bitnet.cli.main import main; main({words}, standalone_mode=False)") == []
 
 
+def test_no_help_and_no_mistyped_option_imports_torch() -> None:
+    assert _heavy(EVERY_HELP) == []
+
+
+EVERY_HELP = """
+from click.testing import CliRunner
+from axolotl_bitnet.cli.main import _COMMANDS, main
+
+for name in _COMMANDS:
+    assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
+    assert CliRunner().invoke(main, [name, "--nothing"]).exit_code == 2
+"""
+
+
 def _heavy(code: str) -> list[str]:
     """What a program imports of the libraries that take seconds."""
     report = "import sys; print('heavy', *({'torch', 'transformers', 'axolotl', 'rich'} & set(sys.modules)))"

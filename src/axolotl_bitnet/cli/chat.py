@@ -7,15 +7,14 @@ from pathlib import Path
 
 import click
 
-from ..serving.chat import Chat
 from .terminal import command
 
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("-p", "--prompt", "prompts", multiple=True, help="Say this and leave; repeatable, in order.")
+@click.option("-p", "--prompt", "prompts", multiple=True, help="Say this and leave. Repeatable, in order.")
 @click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer."
+    "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens in an answer."
 )
 @command
 def chat(folder: Path, prompts: tuple[str, ...], max_tokens: int) -> None:
@@ -24,9 +23,11 @@ def chat(folder: Path, prompts: tuple[str, ...], max_tokens: int) -> None:
 
     \b
     Example:
-        axolotl-bitnet chat outputs/falcon-e-3b-sft/packed
-        axolotl-bitnet chat outputs/falcon-e-3b-sft/packed --prompt "What is a ternary weight?"
+        axolotl-bitnet chat outputs/sft/packed
+        axolotl-bitnet chat outputs/sft/packed --prompt "What is 17 + 25?"
     """
+    from ..serving.chat import Chat  # imports torch, which `--help` does not need
+
     conversation = Chat(folder)
     for prompt in prompts or iter(_typed, ""):
         conversation.answer(prompt, max_tokens, lambda text: click.echo(text, nl=False))

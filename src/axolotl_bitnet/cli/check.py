@@ -1,21 +1,24 @@
-"""`verify` and `inspect`: what a stored model is."""
+"""`verify` and `inspect`: what a stored model is.
+
+What reads models is imported by the commands' bodies: it imports torch, and `--help` needs none.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from rich.table import Table
 
 from ..run_folder import CHECKPOINT, RUN_FILE
 from ..storage.atomic import CheckpointError
-from ..verify.inspect import Inspection
-from ..verify.inspect import inspect as inspect_checkpoint
-from ..verify.logits import PROMPTS
-from ..verify.measure import Layer
-from ..verify.verify import VerificationReport, verify_checkpoint
 from .source import SOURCE
 from .terminal import MISMATCH, as_json, command, require_model, show, size
+
+if TYPE_CHECKING:
+    from ..verify.inspect import Inspection
+    from ..verify.measure import Layer
+    from ..verify.report import VerificationReport
 
 _SHOWN = 20
 
@@ -27,12 +30,14 @@ _SHOWN = 20
     type=click.Path(exists=True, path_type=Path),
     help="A run's output_dir, its bitnet.json, or a stored ternary model. Default: ARTIFACT's run.",
 )
-@click.option("-p", "--prompt", "given", multiple=True, help="A prompt to run both models on; repeatable.")
+@click.option("-p", "--prompt", "given", multiple=True, help="A prompt to run both models on. Repeatable.")
 @click.option(
-    "--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file, a prompt a line."
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file, one prompt per line.",
 )
-@click.option("--no-run", is_flag=True, help="Compare what is stored only; run neither model.")
-@click.option("--json", "machine", is_flag=True, help="Say the outcome as JSON.")
+@click.option("--no-run", is_flag=True, help="Compare what is stored; run neither model.")
+@click.option("--json", "machine", is_flag=True, help="Write the outcome as JSON.")
 @command
 def verify(
     artifact: Path,
@@ -47,9 +52,12 @@ def verify(
 
     \b
     Example:
-        axolotl-bitnet verify outputs/falcon-e-3b-sft/packed
-        axolotl-bitnet verify outputs/falcon-e-3b-sft/packed --no-run --json
+        axolotl-bitnet verify outputs/sft/packed
+        axolotl-bitnet verify outputs/sft/packed --no-run --json
     """
+    from ..verify.logits import PROMPTS
+    from ..verify.verify import verify_checkpoint
+
     require_model(artifact)
     texts = [*given, *(prompts.read_text(encoding="utf-8").splitlines() if prompts else [])]
     texts = [] if no_run else [text for text in texts if text.strip()] or list(PROMPTS)
@@ -73,14 +81,16 @@ def _run_of(artifact: Path) -> Path:
         if (folder / "config.json").exists():
             return folder
     raise CheckpointError(
-        f"no run's {RUN_FILE} or latents around {artifact}: name what to hold it against (--against)"
+        f"no run's {RUN_FILE} or latents around {artifact}: name what to compare it with (--against)"
     )
 
 
 def _show_report(report: VerificationReport) -> None:
+    from rich.table import Table
+
     click.echo(report.summary())
     table = Table()
-    for column in ("", "verdict", "what"):
+    for column in ("check", "verdict", "what"):
         table.add_column(column)
     colours = {"same": "green", "differs": "bold red", "not checked": "yellow"}
     for check in report.checks:
@@ -95,8 +105,8 @@ def _show_report(report: VerificationReport) -> None:
 
 @click.command()
 @click.argument("path", type=SOURCE)
-@click.option("--layers", "each", is_flag=True, help="A row for each layer, not for each projection.")
-@click.option("--json", "machine", is_flag=True, help="Say the outcome as JSON.")
+@click.option("--layers", "each", is_flag=True, help="One row per layer instead of one per projection.")
+@click.option("--json", "machine", is_flag=True, help="Write the outcome as JSON.")
 @command
 def inspect(path: Path, each: bool, machine: bool) -> None:
     """Say what the model in PATH is: latents, dense ternary, packed, GGUF, MLX or never ternary; its layers,
@@ -104,9 +114,11 @@ def inspect(path: Path, each: bool, machine: bool) -> None:
 
     \b
     Example:
-        axolotl-bitnet inspect outputs/falcon-e-3b-sft
-        axolotl-bitnet inspect outputs/falcon-e-3b-sft/packed --json
+        axolotl-bitnet inspect outputs/sft
+        axolotl-bitnet inspect outputs/sft/packed --json
     """
+    from ..verify.inspect import inspect as inspect_checkpoint
+
     require_model(path)
     found = inspect_checkpoint(path)
     if machine:
@@ -116,6 +128,8 @@ def inspect(path: Path, each: bool, machine: bool) -> None:
 
 
 def _show_inspection(found: Inspection, each: bool) -> None:
+    from rich.table import Table
+
     click.echo(f"{found.path}: {found.kind} ({found.detail})")
     click.echo(
         f"{len(found.layers)} ternary or ternary-to-be layers, {found.weights:,} weights; "

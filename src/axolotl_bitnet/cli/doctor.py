@@ -58,7 +58,7 @@ class GPU:
 
 
 @click.command()
-@click.option("--json", "machine", is_flag=True, help="Say the outcome as JSON.")
+@click.option("--json", "machine", is_flag=True, help="Write the outcome as JSON.")
 @command
 def doctor(machine: bool) -> None:
     """Say what is installed, which GPUs are there and which kernels will run, and what is missing for what.

@@ -23,7 +23,7 @@ _CARDS = (24, 48, 80, 141)
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="A folder with the base model's config.json. Default: base_model, here or in the hub's cache.",
 )
-@click.option("--json", "machine", is_flag=True, help="Say the outcome as JSON.")
+@click.option("--json", "machine", is_flag=True, help="Write the outcome as JSON.")
 @command
 def plan(config: Path, base: Path | None, machine: bool) -> None:
     """Say what training CONFIG will do, without weights or a GPU: refusals, learning rates, ternary layers,

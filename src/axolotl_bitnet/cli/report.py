@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from ..report import ReportError, write_report
 from .terminal import BadInput, command
 
 
@@ -18,8 +17,10 @@ def report(output_dir: Path) -> None:
 
     \b
     Example:
-        axolotl-bitnet report outputs/falcon-e-3b-sft
+        axolotl-bitnet report outputs/sft
     """
+    from ..report import ReportError, write_report  # imports torch, which `--help` does not need
+
     try:
         click.echo(write_report(output_dir))
     except ReportError as error:

@@ -35,3 +35,10 @@ class Source(click.ParamType):  # type: ignore[type-arg]
 
 
 SOURCE = Source()
+
+
+def in_hub_cache(path: Path) -> bool:
+    """Whether a path is in the hub's cache, where nothing of ours belongs."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return path.resolve().is_relative_to(Path(HF_HUB_CACHE).resolve())

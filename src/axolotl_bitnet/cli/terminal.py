@@ -80,8 +80,8 @@ def _alone_on_stdout() -> Iterator[None]:
     context = click.get_current_context(silent=True)
     if context is not None and context.find_root().command.name != "bitnet":
         raise BadInput(
-            "`axolotl` has printed its banner to stdout, so JSON would not stand alone there: "
-            f"use `axolotl-bitnet {context.info_name} ... --json`"
+            "`axolotl bitnet` cannot write JSON: Axolotl has already printed its banner on stdout. "
+            f"Run `axolotl-bitnet {context.info_name} ... --json`"
         )
     try:
         out, err = sys.stdout.fileno(), sys.stderr.fileno()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..storage.atomic import CheckpointError, read_json
+from ..storage.atomic import CheckpointError, read_json, require_space
 from .checkpoint import TernaryCheckpoint
 from .config_json import recognize
-from .format import Proof
+from .format import Format, Proof
 from .latent import LatentCheckpoint
 from .registry import FORMATS
 
@@ -51,6 +52,40 @@ def export(
     """Write a stored ternary model in the format that :data:`~.registry.FORMATS` calls ``name``; see the
     functions below."""
     return FORMATS[name].format.write(open_checkpoint(src), dst, overwrite, check)
+
+
+def export_all(src: str | Path, targets: Mapping[str, Path], overwrite: bool = False) -> None:
+    """Write a stored ternary model in several formats: all of them, or none.
+
+    What a format refuses without reading a weight is raised before the first is written; what only the
+    weights can tell, before any gets its name.
+
+    Args:
+        src: a ternary model of any format.
+        targets: the folder or file to make, by the format's name.
+        overwrite: replace targets that exist.
+
+    Raises:
+        CheckpointError: as for the functions below.
+        ImportError: a package that writes one of the formats is missing.
+    """
+    source = open_checkpoint(src)
+    formats = [(FORMATS[name].format, target) for name, target in targets.items()]
+    needed: dict[int, int] = {}
+    for format, target in formats:
+        nbytes = format.require_writable(source, target, overwrite)
+        folder = next(folder for folder in target.absolute().parents if folder.is_dir())
+        disk = folder.stat().st_dev
+        needed[disk] = needed.get(disk, 0) + nbytes
+        require_space(folder, needed[disk])
+    _write_all(source, formats, overwrite)
+
+
+def _write_all(source: TernaryCheckpoint, formats: list[tuple[Format, Path]], overwrite: bool) -> None:
+    """Each is written while the one before it waits, complete, for its name: a failure leaves none."""
+    if formats:
+        (format, target), *others = formats
+        format.write(source, target, overwrite, lambda _: _write_all(source, others, overwrite))
 
 
 def pack_checkpoint(

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..storage.atomic import CheckpointError, require_apart, whole_folder, write_json
+from ..storage.atomic import CheckpointError, require_apart, require_free_folder, whole_folder, write_json
 from ..storage.parallel import one_thread
 from ..storage.safetensors_stream import SINGLE, Entry, SafetensorsWriter
 from .checkpoint import TernaryCheckpoint
@@ -61,6 +61,17 @@ class FolderFormat(Format):
             CheckpointError: the format has no such models.
         """
 
+    def require_writable(self, source: TernaryCheckpoint, dst: str | Path, overwrite: bool = False) -> int:
+        require_apart(source.folder, Path(dst))
+        for reason in self.refusals(source.config, source.companions):
+            raise CheckpointError(f"{source.folder}: {reason}")
+        require_embeddings(source)
+        self.config_of(source)
+        announced = self._announced(source)
+        require_shapes(source)
+        require_free_folder(Path(dst), written_here if overwrite else None)
+        return sum(entry.nbytes for entry in announced)
+
     def write(
         self,
         source: TernaryCheckpoint,
@@ -68,23 +79,16 @@ class FolderFormat(Format):
         overwrite: bool = False,
         check: Proof | None = None,
     ) -> Path:
-        require_apart(source.folder, Path(dst))
-        for reason in self.refusals(source.config, source.companions):
-            raise CheckpointError(f"{source.folder}: {reason}")
-        require_embeddings(source)
-        config = self.config_of(source)
+        self.require_writable(source, dst, overwrite)
         layers = {key: name for name, key in source.keys.items()}
-        announced = self._announced(source)
-        require_shapes(source)
-
         with whole_folder(dst, written_here if overwrite else None) as work:
-            with one_thread(), SafetensorsWriter(work / SINGLE, announced) as writer:
+            with one_thread(), SafetensorsWriter(work / SINGLE, self._announced(source)) as writer:
                 for key, entry in source.entries.items():
                     if key in layers:
                         self.write_layer(writer, source, layers[key], entry)
                     else:
                         writer.write_blocks(key, source.blocks(key, self._stored_as(entry)))
-            write_json(work / "config.json", dict(config))
+            write_json(work / "config.json", dict(self.config_of(source)))
             copy_companions(source.companions, work, source.config)
             if check is not None:
                 check(work)

@@ -44,6 +44,18 @@ class Format(ABC):
     """A format that ternary models are exported to."""
 
     @abstractmethod
+    def require_writable(self, source: TernaryCheckpoint, dst: str | Path, overwrite: bool = False) -> int:
+        """Make sure, without reading a weight, that :meth:`write` can write an opened model.
+
+        Returns:
+            The bytes that its tensors will take.
+
+        Raises:
+            CheckpointError: what is stored does not fit the format, or the target exists.
+            ImportError: a package that writes the format is missing.
+        """
+
+    @abstractmethod
     def write(
         self,
         source: TernaryCheckpoint,

@@ -45,6 +45,16 @@ class Row:
         return cast("Format", getattr(importlib.import_module(f".{module}", __package__), name))
 
 
+def output_dir_of(source: Path) -> Path:
+    """The folder that a stored model's artifacts go to: ``run`` for ``run`` itself, for the places in it
+    where a run puts artifacts (``run/packed``, ``run/gguf/model-Q2_0.gguf``), and for ``run/other.gguf``."""
+    for place in {Path(text) for row in _ROWS for text in (row.path, row.folder)}:
+        depth = len(place.parts)
+        if source.parts[-depth:] == place.parts:
+            return source.parents[depth - 1]
+    return source.parent if source.is_file() else source
+
+
 _ROWS = (
     Row("packed", "packed", "2 bits per weight", "pack", "packed:PACKED"),
     Row("gguf-tq2_0", "gguf/model-TQ2_0.gguf", "GGUF, TQ2_0", "gguf --type tq2_0", "gguf.tq:TQ2_0"),

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,21 +88,39 @@ def whole_folder(target: str | Path, replaces: Callable[[Path], bool] | None = N
             full or cannot be written.
     """
     target = Path(target)
-    _refuse_folder(target, replaces)
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    require_free_folder(target, replaces)
+    with disk_errors(target), _parents(target):
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         try:
             work.chmod(0o755)  # mkdtemp's 0700 would travel with the model
             yield work
-            _refuse_folder(target, replaces)  # what was put there in the meantime
+            require_free_folder(target, replaces)  # what was put there in the meantime
             _replace_folder(target, work)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
 
 
-def _refuse_folder(target: Path, replaces: Callable[[Path], bool] | None) -> None:
+@contextmanager
+def _parents(target: Path) -> Iterator[None]:
+    """Within, the folders around ``target`` are there; on an error, those made for it are removed."""
+    made = [folder for folder in target.parents if not folder.exists()]  # the innermost first
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # one that something else was put in stays
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+def require_free_folder(target: Path, replaces: Callable[[Path], bool] | None = None) -> None:
+    """Make sure that :func:`whole_folder`, called with the same arguments, may give a folder this name.
+
+    Raises:
+        CheckpointError: the target exists, and is not to be replaced, or holds something else.
+    """
     if not target.exists() and not target.is_symlink():
         return
     if replaces is None:
@@ -171,27 +189,35 @@ def whole_file(target: Path, overwrite: bool, magic: bytes) -> Iterator[Path]:
     Raises:
         CheckpointError: the target is a folder, exists, or is a file of another kind.
     """
+    require_free_file(target, overwrite, magic)
+    with _parents(target):
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
+        os.close(descriptor)
+        work = Path(name)
+        try:
+            work.chmod(0o644)  # mkstemp's 0600 would travel with the model
+            yield work
+            with work.open("r+b") as file:  # Windows flushes only what may be written
+                os.fsync(file.fileno())
+            work.replace(target)
+        except BaseException:
+            work.unlink(missing_ok=True)
+            raise
+
+
+def require_free_file(target: Path, overwrite: bool, magic: bytes) -> None:
+    """Make sure that :func:`whole_file`, called with the same arguments, may give a file this name.
+
+    Raises:
+        CheckpointError: the target is a folder, exists, or is a file of another kind.
+    """
     if target.is_dir():
         raise CheckpointError(f"{target} is a folder: name a file in it")
-    if target.exists() and not overwrite:
+    if not target.exists():
+        return
+    if not overwrite:
         raise CheckpointError(f"{target} exists: name another file, or overwrite it (--overwrite)")
-    if target.exists():
-        with target.open("rb") as file:
-            begins = file.read(len(magic))
-        if begins not in (magic, b""):
-            raise CheckpointError(
-                f"{target} is a file of another kind, which would be lost: name another file"
-            )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
-    os.close(descriptor)
-    work = Path(name)
-    try:
-        work.chmod(0o644)  # mkstemp's 0600 would travel with the model
-        yield work
-        with work.open("r+b") as file:  # Windows flushes only what may be written
-            os.fsync(file.fileno())
-        work.replace(target)
-    except BaseException:
-        work.unlink(missing_ok=True)
-        raise
+    with target.open("rb") as file:
+        begins = file.read(len(magic))
+    if begins not in (magic, b""):
+        raise CheckpointError(f"{target} is a file of another kind, which would be lost: name another file")

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...storage.atomic import CheckpointError
+from ...storage.atomic import CheckpointError, require_apart, require_free_file
 from ..checkpoint import TernaryCheckpoint
 from ..format import PROMPT, Format, Proof, WayToRun
 from . import architecture as llama
+from .header import MAGIC
 from .library import library
 from .metadata import metadata_of
 from .reader import GGUFCheckpoint
 from .ternary_type import TernaryType
 from .tokenizer import read_vocabulary
-from .writer import write_gguf
+from .writer import contents_of, write_gguf
 
 _ANY_SIZE = 1 << 20  # of a vocabulary: Axolotl may still add tokens, and resize the embedding
 
@@ -33,6 +34,12 @@ class GGUFFormat(Format):
 
     type: TernaryType
     embeddings: str = "bf16"
+
+    def require_writable(self, source: TernaryCheckpoint, dst: str | Path, overwrite: bool = False) -> int:
+        require_apart(source.folder, Path(dst))
+        contents = contents_of(source, self.type, self.embeddings)
+        require_free_file(Path(dst), overwrite, MAGIC)
+        return contents.nbytes
 
     def write(
         self,

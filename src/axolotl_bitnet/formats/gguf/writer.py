@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from ...storage.parallel import one_thread
 from ...storage.progress import begin
 from ..checkpoint import TernaryCheckpoint
 from . import architecture as llama
+from .header import MAGIC
 from .library import library
 from .metadata import metadata_of, rope_factors
 from .reader import CONFIG
@@ -38,13 +40,30 @@ _ELEMENTS = 1 << 22  # converted at a time
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor to write: its name here and there, its type there, and the layer if it is ternary."""
+    """A tensor to write: its name here and there, its type there (ours and GGUF's number), its bytes, and the
+    layer if it is ternary."""
 
     key: str
     name: str
     kind: str
+    number: int
+    nbytes: int
     shape: tuple[int, ...]
     layer: str | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file will hold."""
+
+    architecture: llama.Architecture
+    metadata: dict[str, int | float | str]
+    parts: list[_Part]
+    vocabulary: Vocabulary
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
 
 def write_gguf(
@@ -56,24 +75,36 @@ def write_gguf(
     check: Callable[[Path], None] | None,
 ) -> None:
     """Write an opened model as one GGUF file; see :func:`axolotl_bitnet.formats.export.export_gguf`."""
-    library()
-    if embeddings not in EMBEDDINGS:
-        raise CheckpointError(f"embeddings '{embeddings}': the types are {', '.join(EMBEDDINGS)}")
     require_apart(source.folder, target)
-    architecture = llama.architecture_of(source.config)
-    metadata = metadata_of(architecture, source.config)
-    parts = _plan(source, architecture, type, embeddings)
-    vocabulary = read_vocabulary(source.companions, llama.shape_of(source.config).vocabulary)
-    with one_thread(), disk_errors(target), whole_file(target, overwrite, b"GGUF") as work:
-        _write(work, source, architecture, parts, metadata, vocabulary, type)
+    contents = contents_of(source, type, embeddings)
+    _warn(contents, type, embeddings)
+    with one_thread(), disk_errors(target), whole_file(target, overwrite, MAGIC) as work:
+        _write(work, source, contents, type)
         if check is not None:
             check(work)
 
 
-def _plan(
+def contents_of(source: TernaryCheckpoint, type: TernaryType, embeddings: str) -> Contents:
+    """What to write; no weight is read.
+
+    Raises:
+        CheckpointError: llama.cpp cannot run the model as it was trained, or what is stored is damaged.
+        ImportError: the gguf package is missing.
+    """
+    library()
+    if embeddings not in EMBEDDINGS:
+        raise CheckpointError(f"embeddings '{embeddings}': the types are {', '.join(EMBEDDINGS)}")
+    architecture = llama.architecture_of(source.config)
+    metadata = metadata_of(architecture, source.config)
+    parts = _parts(source, architecture, type, embeddings)
+    vocabulary = read_vocabulary(source.companions, llama.shape_of(source.config).vocabulary)
+    return Contents(architecture, metadata, parts, vocabulary)
+
+
+def _parts(
     source: TernaryCheckpoint, architecture: llama.Architecture, type: TernaryType, embeddings: str
 ) -> list[_Part]:
-    """What to write, in transformers' order.
+    """The tensors, in transformers' order.
 
     Raises:
         CheckpointError: a tensor is missing, has a shape that the config does not give it, or has no place.
@@ -82,7 +113,6 @@ def _plan(
     known = llama.tensors_of(architecture, llama.shape_of(source.config))
     layers = {key: name for name, key in source.keys.items()}
     parts: list[_Part] = []
-    as_f16: list[str] = []
     for key, entry in source.entries.items():
         if key.endswith("rotary_emb.inv_freq"):
             continue
@@ -98,69 +128,72 @@ def _plan(
         kind = "bf16"
         if key in layers:
             kind = type.name if shape[1] % type.block == 0 else "f16"
-            as_f16 += [key] if kind == "f16" else []
         elif len(shape) == 1:
             kind = "f32"
         elif key in (llama.EMBEDDING, llama.HEAD):
             kind = embeddings if embeddings != "q8_0" or shape[1] % 32 == 0 else "bf16"
-            if kind != embeddings:
-                LOG.warning("%s: rows of %d are no multiple of 32: bf16, not q8_0", key, shape[1])
-        parts.append(_Part(key, name, kind, shape, layers.get(key)))
+        number, nbytes = _stored_as(kind, shape, type)
+        parts.append(_Part(key, name, kind, number, nbytes, shape, layers.get(key)))
     optional = {key for key in known if key.endswith(".bias")} | ({llama.HEAD} if tied else set())
     if missing := sorted(known.keys() - optional - {part.key for part in parts}):
         raise CheckpointError(f"{where} has no '{missing[0]}', which its architecture needs")
+    return parts
+
+
+def _stored_as(kind: str, shape: tuple[int, ...], type: TernaryType) -> tuple[int, int]:
+    """The number of a type in the file, and the bytes of a tensor of it."""
+    if kind == type.name:  # which the package may not know
+        number, elements, size = type.number, type.block, type.nbytes
+    else:
+        gguf = library()
+        number = getattr(gguf.GGMLQuantizationType, kind.upper())
+        elements, size = gguf.GGML_QUANT_SIZES[number]
+    return number, math.prod(shape) // elements * size
+
+
+def _warn(contents: Contents, type: TernaryType, embeddings: str) -> None:
+    """Say which tensors are not stored as was asked."""
+    for part in contents.parts:
+        if embeddings == "q8_0" and part.kind == "bf16" and part.key in (llama.EMBEDDING, llama.HEAD):
+            LOG.warning("%s: rows of %d are no multiple of 32: bf16, not q8_0", part.key, part.shape[1])
+    as_f16 = [part.key for part in contents.parts if part.layer is not None and part.kind == "f16"]
     if as_f16:
         LOG.warning(
             "%d ternary layers have rows that are no multiple of %d and are written as F16, exact but not "
             "small: %s",
             *(len(as_f16), type.block, ", ".join(as_f16[:4]) + (", ..." if len(as_f16) > 4 else "")),
         )
-    return parts
 
 
-def _write(
-    path: Path,
-    source: TernaryCheckpoint,
-    architecture: llama.Architecture,
-    parts: list[_Part],
-    metadata: dict[str, int | float | str],
-    vocabulary: Vocabulary,
-    type: TernaryType,
-) -> None:
+def _write(path: Path, source: TernaryCheckpoint, contents: Contents, type: TernaryType) -> None:
     gguf = library()
-    writer = gguf.GGUFWriter(path, architecture.ggml)
+    writer = gguf.GGUFWriter(path, contents.architecture.ggml)
     writer.add_type("model")
     writer.add_name(source.companions.resolve().name)  # of the path no more, for the file travels
     writer.add_file_type(type.file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for key, value in metadata.items():
+    for key, value in contents.metadata.items():
         _add(writer, key, value)
     _add(writer, CONFIG, json.dumps(source.config, ensure_ascii=False, separators=(",", ":")))
-    _add_vocabulary(writer, vocabulary)
+    _add_vocabulary(writer, contents.vocabulary)
     factors = rope_factors(source.config)
     if factors is not None:
         shape = (factors.numel(),)
         writer.add_tensor_info(llama.ROPE_FREQS, shape, np.dtype(np.float32), factors.nbytes)
-    total = 0
-    for part in parts:
-        if part.kind == type.name:  # which the package may not know
-            kind, elements, size = type.number, type.block, type.nbytes
-        else:
-            kind = getattr(gguf.GGMLQuantizationType, part.kind.upper())
-            elements, size = gguf.GGML_QUANT_SIZES[kind]
-        nbytes = int(np.prod(part.shape)) // elements * size
-        writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
-        total += nbytes
-    require_space(path.parent, total)
-    advance = begin(f"writing {type.name.upper()}", total)
+    for part in contents.parts:
+        writer.add_tensor_info(
+            part.name, part.shape, np.dtype(np.float32), part.nbytes, raw_dtype=part.number
+        )
+    require_space(path.parent, contents.nbytes)
+    advance = begin(f"writing {type.name.upper()}", contents.nbytes)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
-        for part in parts:
-            stored = _stored(source, architecture, part, type)
+        for part in contents.parts:
+            stored = _stored(source, contents.architecture, part, type)
             writer.write_tensor_data(stored)
             advance(stored.nbytes)
     finally:

@@ -24,10 +24,10 @@ pytest = python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --duration
 # $(call in,LANE) begins a recipe line that runs inside the lane's environment
 in = environment=$$(scripts/environment.sh $(1)) && PATH="$$environment/bin:$$PATH" && export PATH && set -x &&
 
-.PHONY: help test test-latest test-vllm nightly lint demo bench example build clean distclean
+.PHONY: help test test-latest test-vllm nightly lint demo bench example build release-check clean distclean
 
 help: ## list the targets (the default)
-	@sed -n 's/^\([a-z-]*\):[a-z ]*## */\1	/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):[a-z ]*## */\1	/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-13s %s\n", $$1, $$2 }'
 
 test: ## run the tests on Python 3.11 with the oldest supported Axolotl
 	@$(call in,oldest) $(pytest) -m 'not nightly' $(ARGS)
@@ -55,6 +55,9 @@ example: ## show a run's report in docs/: make example RUN=outputs/tiny-sft
 
 build: ## build the sdist and the wheel into dist/
 	@$(call in,any) python -m build --no-isolation
+
+release-check: ## build, install from nothing, plan and validate the recipes, run the demo: before a release
+	@$(call in,oldest) python scripts/release_check.py
 
 clean: ## remove what builds and checks leave in the checkout
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

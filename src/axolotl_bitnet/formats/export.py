@@ -27,7 +27,7 @@ def open_checkpoint(path: str | Path) -> TernaryCheckpoint:
     """
     path = Path(path)
     if (file := _gguf_in(path)) is not None:
-        return FORMATS["gguf-tq2_0"].format.open(file)  # any type: the file has which
+        return FORMATS["gguf-tq2_0"].format.open(file)  # the file names its type
     if not path.is_dir():
         if not path.exists():
             raise CheckpointError(f"{path} does not exist")
@@ -117,8 +117,8 @@ def revert_checkpoint(
 ) -> Path:
     """Write a ternary model as a dense bfloat16 one: ``codes / s``, each weight within 0.4 %.
 
-    It does not quantize activations, as training did, so its logits are near those of the ternary model, not
-    equal. Arguments and errors as for :func:`pack_checkpoint`.
+    Training quantized activations and this model does not, so its logits are near those of the ternary model,
+    not equal. Arguments and errors as for :func:`pack_checkpoint`.
 
     Raises:
         CheckpointError: also if a scale would not be recoverable.

@@ -148,7 +148,7 @@ def _heat(grid: Grid, colours: dict[str, str]) -> Figure:
     if grid.signed:
         high = max(abs(low), abs(high))
         low = -high
-    elif high - low < _SPAN:  # noise must not seem a pattern
+    elif high - low < _SPAN:  # noise must not appear as a pattern
         low, high = (low + high - _SPAN) / 2, (low + high + _SPAN) / 2
     span = Normalize(low, high if high > low else low + 1)
     cmap = colormaps["PuOr" if grid.signed else "YlGnBu"]

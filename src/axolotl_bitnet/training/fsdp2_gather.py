@@ -14,7 +14,7 @@ for all.
 
 Changes ``FSDPParam`` of torch (run on 2.11, 2.13 and 2.14), by a subclass. Without one of its names, or where
 the codes that arrive are not those of the whole weight (:mod:`axolotl_bitnet.training.gather_check`), weights
-are gathered as FSDP2 does it, and the log has a warning. Tests: tests/test_gather.py,
+are gathered as FSDP2 does it, with a warning. Tests: tests/test_gather.py,
 tests/test_upstream_names.py.
 """
 

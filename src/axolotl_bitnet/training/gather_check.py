@@ -1,8 +1,8 @@
 """Before training, FSDP2's gather of codes is tried on one layer: do the codes of the whole weight arrive?
 
 The gather uses torch's private parameter objects (:mod:`axolotl_bitnet.training.fsdp2_gather`). A torch that
-renamed one of their names, or calls them in another order, fails here, and the run gathers weights. Otherwise
-it would end, or train something else, later.
+renamed one of their names, or calls them in another order, fails here, and the run gathers weights.
+Without this check it would end later, or train something else.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every ternary config that is refused, and its reason: sentences, before anything is loaded.
 
-A file for each subject; a rule is a function of the config that returns sentences. Refusals that need the
-base model's weights are in base_model, those that need a checkpoint in resume.
+A file for each subject; a rule is a function of the config that returns sentences. Those that
+need the base model's layers are in base_model, those that need a checkpoint in resume.
 """
 
 from __future__ import annotations

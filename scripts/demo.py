@@ -26,7 +26,7 @@ def train(recipe: str, title: str, keys: list[str]) -> None:
     for key in keys:
         values = re.findall(rf"'{key}': '?(-?[\d.e+-]+)", text)
         print(f"  {key}: {values[0]} -> {values[-1]}")
-    for line in re.findall(r"\[axolotl\.bitnet\] (packed .*|verified: .*|NOT .*)", text):
+    for line in re.findall(r"\[axolotl\.bitnet\] (packed: [\d.]+ .iB of .*|verified: .*|NOT .*)", text):
         print(f"  {line}")
     print(f"  {time.monotonic() - start:.0f} s", flush=True)
 

@@ -62,18 +62,14 @@ def build(folder: Path) -> Path:
     info = f"axolotl_bitnet-{VERSION}.dist-info"
     assert {name.split("/")[0] for name in names} == {"axolotl_bitnet", info}, "other folders in the wheel"
     for kind in ("falcon-e", "convert"):
-        for path in subprocess.check_output(
-            ["git", "ls-files", "."], cwd=ROOT / "examples" / kind, text=True
-        ).split():
+        for path in run("git", "ls-files", ".", cwd=ROOT / "examples" / kind).split():
             assert f"axolotl_bitnet/recipes/{path}" in names, f"the wheel lacks the recipe {path}"
     assert {"axolotl_bitnet/report/page.html", f"{info}/licenses/LICENSE"} <= names
     assert {"tests/conftest.py", "docs/cli.md", "scripts/demo.py", "LICENSE", "Makefile"} <= sources
-    assert f"## [{VERSION}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), (
-        "no entry in CHANGELOG.md"
-    )
-    print(
-        f"{wheel.name}: {len(names)} files, {wheel.stat().st_size / 1e3:.0f} kB; {sdist.name}: {len(sources)}"
-    )
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{VERSION}] - " in changes, f"CHANGELOG.md has no entry for {VERSION}"
+    for path, files in ((wheel, names), (sdist, sources)):
+        print(f"{path.name}: {len(files)} entries, {path.stat().st_size / 1e3:.0f} kB", flush=True)
     return wheel
 
 
@@ -90,9 +86,8 @@ def install(python: Path, requirement: str, folder: Path) -> None:
     total = sum(float(number) * units[unit] for number, unit in sizes)
     total += sum(path.stat().st_size for path in local)
     count = len(said.rsplit("Successfully installed", 1)[-1].split())
-    print(
-        f"  {count} packages, {total / 1e6:.0f} MB downloaded, {time.monotonic() - start:.0f} s", flush=True
-    )
+    seconds = time.monotonic() - start
+    print(f"  {count} packages, {total / 1e6:.0f} MB downloaded, {seconds:.0f} s", flush=True)
 
 
 def main() -> None:

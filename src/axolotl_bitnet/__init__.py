@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .verify.report import VerificationReport
     from .verify.verify import verify_checkpoint
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "BitLinear": "layers.bitlinear",

@@ -75,6 +75,9 @@ def test_command(document: str, command: str, workplace: Path, monkeypatch: pyte
     words = shlex.split(command)
     if words[:2] == ["pip", "install"]:
         assert version("axolotl-bitnet") == axolotl_bitnet.__version__  # this environment was made by it
+    elif words[:2] == ["vllm", "serve"]:
+        # Needs vLLM: tests/with_vllm serves such a folder.
+        assert (workplace / words[2] / "config.json").is_file() and not words[3:]
     elif words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
     elif words[:2] == ["axolotl", "train"]:
@@ -116,6 +119,14 @@ def test_python_of_the_kernels_page_runs(tiny_model: Callable[..., torch.nn.Modu
     names = {"model": model, "optimizer": optimizer, "micro_batches": [dict(input_ids=ids, labels=ids)] * 2}
     exec(compile(code, "kernels.md", "exec"), names)
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+
+
+def test_python_of_the_run_it_page_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/run-it.md").read_text("utf-8"), re.DOTALL)
+    names: dict[str, torch.nn.Module] = {}
+    exec(compile(code.replace('"cuda"', '"cpu"'), "run-it.md", "exec"), names)
+    assert next(names["model"].parameters()).dtype == torch.bfloat16
 
 
 def test_links_lead_somewhere() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-# Before vLLM is imported: in one process, so that a test sees its models; eager, so that nothing is compiled.
+# Before vLLM is imported: in one process, so that a test sees its models.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 if importlib.util.find_spec("vllm") is None:
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def demo() -> Path:
-    """The demo's packed model, which ``make test-vllm`` trains first."""
+    """The packed model of ``make demo``."""
     folder = ROOT / "outputs" / "tiny-sft" / "packed"
     if not (folder / "config.json").exists():
         pytest.skip(f"{folder} is not there: make demo")
@@ -30,7 +30,8 @@ def demo() -> Path:
 
 @pytest.fixture
 def served() -> Iterator[Callable[..., Any]]:
-    """``served(folder, **options)``: a vLLM engine in float32, one at a time."""
+    """``served(folder, **options)``: a vLLM engine, one at a time; in float32 and eager unless told
+    otherwise."""
     import vllm
 
     engines: list[Any] = []

@@ -57,8 +57,9 @@ class DenseFormat(MatrixFormat):
             "ternary model's, not equal."
         )
         text = f"vllm serve {shlex.quote(path)} --dtype bfloat16"
-        serve = WayToRun("Dense bfloat16, in vLLM and SGLang", "bash", text, note)
-        return [serve, in_transformers("Dense bfloat16, in transformers", path)]
+        near = "near the trained model: activations are not quantized"
+        serve = WayToRun("vLLM and SGLang", "GPU, CPU", "bash", text, "vLLM 0.32, float32, CPU", near, note)
+        return [serve, in_transformers(path, "5.16, float32, CPU", "logits of codes / s, bit for bit")]
 
     def config_of(self, source: TernaryCheckpoint) -> dict[str, Any]:
         config = with_rope_theta(in_bfloat16(source.config))

@@ -32,11 +32,24 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
 
 @dataclass(frozen=True)
 class WayToRun:
-    """One way to run an artifact: ``text`` in ``language`` (python or bash), and a note about it."""
+    """One way to run an artifact. The tables of README and docs/run-it.md, model card and report say this.
 
-    title: str
+    Attributes:
+        engine: what runs it.
+        device: what that is for.
+        language: of ``text``: python or bash.
+        text: what to type.
+        ran: the versions, dtypes and devices that it was run with.
+        result: what came out then.
+        note: what else to know about it.
+    """
+
+    engine: str
+    device: str
     language: str
     text: str
+    ran: str
+    result: str
     note: str = ""
 
 
@@ -107,8 +120,7 @@ class Format(ABC):
         return []
 
 
-def in_transformers(title: str, path: str, note: str = "") -> WayToRun:
+def in_transformers(path: str, ran: str, result: str, note: str = "") -> WayToRun:
     """A script that generates with transformers."""
-    return WayToRun(
-        title, "python", _SCRIPT.format(path=json.dumps(path, ensure_ascii=False), prompt=PROMPT), note
-    )
+    script = _SCRIPT.format(path=json.dumps(path, ensure_ascii=False), prompt=PROMPT)
+    return WayToRun("transformers", "CPU, GPU", "python", script, ran, result, note)

@@ -36,12 +36,28 @@ class PackedFormat(FolderFormat):
             "Transformers compiles its unpacking, which needs a C++ compiler; `TORCH_COMPILE_DISABLE=1` does "
             "without."
         )
-        quoted = shlex.quote(path)
-        ours = "With axolotl-bitnet installed there. Weights stay at 2 bits; answers are the trained model's."
+        quoted, exact = shlex.quote(path), "the trained model's logits, bit for bit"
+        ours = "With axolotl-bitnet installed there. On a GPU weights stay at 2 bits."
         return [
-            in_transformers("Packed, in transformers", path, note),
-            WayToRun("Packed, in a terminal", "bash", f"axolotl-bitnet chat {quoted}", ours),
-            WayToRun("Packed, in vLLM", "bash", f"vllm serve {quoted}", f"{ours} One GPU per model."),
+            in_transformers(path, "5.16 and 5.20, float32, CPU", exact, note),
+            WayToRun(
+                "transformers with axolotl-bitnet",
+                "CPU, GPU",
+                "bash",
+                f"axolotl-bitnet chat {quoted}",
+                "float32 and bfloat16, CPU; H100",
+                f"{exact}, in bfloat16 too",
+                ours,
+            ),
+            WayToRun(
+                "vLLM with axolotl-bitnet",
+                "CPU, GPU",
+                "bash",
+                f"vllm serve {quoted}",
+                "0.32, float32, CPU; on a GPU the layer alone",
+                "greedy tokens equal but for near ties",
+                f"{ours} One GPU per model.",
+            ),
         ]
 
     def config_of(self, source: TernaryCheckpoint) -> dict[str, Any]:

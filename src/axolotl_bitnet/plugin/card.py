@@ -65,7 +65,7 @@ def _section(output_dir: Path, artifacts: Sequence[str], repository: str | None)
         lines += ["", "```bash", f"hf download {repository} {includes} --local-dir {root}", "```"]
     for name in artifacts:
         for way in FORMATS[name].format.ways_to_run(f"{root}/{FORMATS[name].path}"):
-            lines += ["", *_way(way)]
+            lines += ["", f"### {name}, in {way.engine} ({way.device})", "", *_way(way)]
     lines += [
         "",
         f"`{RUN_FILE}` holds the fingerprint of what trained: every code and every scale of these files can "
@@ -88,5 +88,5 @@ def _unplaced(output_dir: Path) -> str | None:
 
 
 def _way(way: WayToRun) -> list[str]:
-    note = ["", way.note] if way.note else []
-    return [f"### {way.title}", "", f"```{way.language}", way.text, "```", *note]
+    note = f"{way.note} " if way.note else ""
+    return [f"```{way.language}", way.text, "```", "", f"{note}Run with {way.ran}: {way.result}."]

@@ -30,10 +30,12 @@ class GGUFFormat(Format):
     Attributes:
         type: of the ternary layers.
         embeddings: type of embedding and head: bf16, f16 or q8_0.
+        device: that llama.cpp is quick on with this type.
     """
 
     type: TernaryType
     embeddings: str = "bf16"
+    device: str = "CPU"
 
     def require_writable(self, source: TernaryCheckpoint, dst: str | Path, overwrite: bool = False) -> int:
         require_apart(source.folder, Path(dst))
@@ -57,7 +59,8 @@ class GGUFFormat(Format):
 
     def ways_to_run(self, path: str) -> list[WayToRun]:
         text = f'llama-cli -m {shlex.quote(path)} -p "{PROMPT}" -n 64'
-        return [WayToRun(f"{Path(path).name}, in llama.cpp", "bash", text)]
+        result = "greedy tokens equal; perplexity within 1 %"
+        return [WayToRun("llama.cpp", self.device, "bash", text, "xllamacpp 2026.10, CPU", result)]
 
     def refusals(self, config: Mapping[str, Any], tokenizer: Path | None) -> list[str]:
         try:

@@ -45,6 +45,8 @@ def test_every_logged_step_has_the_figures_beside_its_loss(whole: tuple[Path, Ru
         assert all("bitnet/scale_drift/gate_proj" in entry for entry in entries)
         assert entries[-1]["bitnet/flips_total"] > entries[0]["bitnet/flips_total"]
         assert not any("bitnet/flips" in entry for entry in history if "loss" not in entry)
+        timed = ["bitnet/tokens_per_second" in entry for entry in entries]
+        assert timed == [False, True, False, True]  # not the first step, nor the one with a save before it
 
 
 def test_the_file_is_of_the_model_that_was_saved(whole: tuple[Path, Run]) -> None:

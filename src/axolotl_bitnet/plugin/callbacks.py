@@ -19,6 +19,7 @@ def watch(
     figures go into the trainer's log. ``record`` is what checkpoints keep of the run."""
     from ..training.monitor.callback import Monitor
     from ..training.ramp import RampSchedule
+    from ..training.speed import Speed
     from ..training.stretch import Stretch
     from ..training.teacher import Teaching, log_teacher_loss
     from ..training.trainer_evaluation import log_ternary_loss
@@ -40,8 +41,9 @@ def watch(
         figures.append(ramp)
     if options.monitor:
         monitor = Monitor(resumed, torch.float32 if cfg.deepspeed else None)  # its masters' dtype
-        callbacks.append(monitor)
-        figures.append(monitor)
+        speed = Speed(trainer)
+        callbacks += [monitor, speed]
+        figures += [monitor, speed]
     log_through(trainer, *figures)
     return callbacks
 

@@ -87,6 +87,17 @@ def test_products_run_on_int8_tensor_cores(arch: int) -> None:
         assert launch["bulk"] and launch["wgmma" if arch == 90 else "mma"], launch
 
 
+@by_arch
+def test_decoding_runs_on_int8_tensor_cores(arch: int) -> None:
+    """For 1 to 8 rows and for 9 to 16, divided among programs and not, in whole steps and not."""
+    found = of(arch, "_decode")
+    assert all(launch["mma"] and not launch["wgmma"] for launch in found)
+    assert {launch["constants"]["BLOCK_M"] for launch in found} == {"8", "16"}
+    assert {launch["constants"]["EVEN"] for launch in found} == {"True", "False"}
+    assert {launch["constants"]["SPLIT"] == "1" for launch in found} == {True, False}
+    assert all(launch["shared"] <= 99 * KIB for launch in found)
+
+
 @pytest.mark.parametrize("arch, limit", [(80, 163), (89, 99), (90, 227), (120, 99)])
 def test_programs_fit_into_shared_memory(arch: int, limit: int) -> None:
     """A program of its own, on each; both of pointer_tiles on the smallest."""

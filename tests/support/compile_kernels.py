@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from axolotl_bitnet.ops import ShardLayout
 from axolotl_bitnet.ops.kernels import (
     activations,
+    decode,
     divergence,
     launch,
     matmul,
@@ -38,10 +39,12 @@ from axolotl_bitnet.ops.kernels import (
 
 BF16, F32 = torch.bfloat16, torch.float32
 NAMES = {F32: "fp32", BF16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-NAMES |= {torch.int8: "i8", torch.uint8: "u8", torch.int64: "i64"}
+NAMES |= {torch.int8: "i8", torch.int32: "i32", torch.uint8: "u8", torch.int64: "i64"}
 MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 120: 188}
 COLUMNS = [100, 2048, 3072, 9216, 13312, 23040, 32768]  # Falcon-E, Falcon3-10B, and the longest there may be
 ROWS = 8192
+# Rows of the matrices and columns: q with k and v, gate with up, and down; and what fills no tile
+PACKED = [([2048, 256, 256], 2048), ([13312, 13312], 2048), ([2048], 13312), ([60], 100)]
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -100,6 +103,17 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         )
         yield f"matmul {rows} {columns} {out} {dtype} {bias}", lambda x=x, s=scales: matmul.matmul(x, *s)
 
+    few = [(1, BF16, BF16, each) for each in PACKED] + [(16, BF16, None, each) for each in PACKED]
+    few += [(8, torch.float16, None, PACKED[0]), (5, F32, F32, PACKED[1])]
+    for rows, dtype, bias, (sizes, columns) in few:
+        x = empty(rows, columns, dtype=dtype)
+        w, s = empty(sum(sizes) // 4, columns, dtype=torch.uint8), empty(len(sizes), dtype=F32)
+        rest = None if bias is None else empty(sum(sizes), dtype=bias), dtype
+        yield (
+            f"decode {rows} {columns} {sizes} {dtype}",
+            lambda x=x, w=w, s=s, n=sizes, rest=rest: decode.packed_matmul(x, w, s, n, *rest),
+        )
+
 
 def compiled(kernel: Any, args: tuple[Any, ...], arch: int, warps: int, stages: int) -> Any:
     signature, constants, attributes = {}, {}, {}
@@ -143,9 +157,10 @@ def main(arch: int, only: str) -> None:
     ) -> None:
         caught.append((kernel, args, warps, stages))
 
-    for module in (activations, divergence, matmul, packing, rmsnorm, shards, swiglu, weights):
+    for module in (activations, decode, divergence, matmul, packing, rmsnorm, shards, swiglu, weights):
         module.launch = catch  # type: ignore[attr-defined]
     matmul._gpu = lambda index: (MULTIPROCESSORS[arch], arch >= 90)
+    decode._multiprocessors = lambda index: MULTIPROCESSORS[arch]
     tiles: list[matmul.Tiles] = []
     for name in ("launch_tma", "launch_pointers"):
         original = getattr(matmul, name)

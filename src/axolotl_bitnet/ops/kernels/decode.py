@@ -193,9 +193,9 @@ _BYTE_ROWS = 16  # of a tile: as many as the tensor cores take
 def cut(byte_rows: int, columns: int, multiprocessors: int) -> Cut:
     """As measured on an H100 (benchmarks/results/decode.csv)."""
     tiles, steps = ceil_div(byte_rows, _BYTE_ROWS), ceil_div(columns, 128)
-    warps = 4 if steps >= 4 else 1
-    split = min(ceil_div(2 * multiprocessors, tiles), max(1, steps // (2 * warps)))
-    return Cut(128, warps, 4, split)
+    if steps < 4:  # one warp, whose registers do not hold more where rows begin at any byte
+        return Cut(32, 1, 4, 1)
+    return Cut(128, 4, 4, min(ceil_div(2 * multiprocessors, tiles), max(1, steps // 8)))
 
 
 @cache

@@ -16,17 +16,13 @@ from .source import SOURCE, in_hub_cache
 from .terminal import BadInput, as_json, command, size
 
 
-class _Formats(click.ParamType):  # type: ignore[type-arg]
+def _formats(context: click.Context, option: click.Parameter, text: str) -> list[str]:
     """Names of formats with commas between them."""
-
-    name = "formats"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> list[str]:
-        names = [name.strip() for name in str(value).split(",")]
-        for name in names:
-            if name not in FORMATS:
-                self.fail(f"unknown format '{name}': the formats are {', '.join(FORMATS)}", param, context)
-        return list(dict.fromkeys(names))
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in FORMATS:
+            raise click.BadParameter(f"unknown format '{name}': the formats are {', '.join(FORMATS)}")
+    return list(dict.fromkeys(names))
 
 
 def _writing(function: Callable[..., None]) -> Callable[..., None]:
@@ -58,7 +54,14 @@ def _say(source: Path, *outcomes: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.option("--to", "names", type=_Formats(), required=True, help=f"With commas: {', '.join(FORMATS)}.")
+@click.option(
+    "--to",
+    "names",
+    metavar="FORMATS",
+    callback=_formats,
+    required=True,
+    help=f"With commas: {', '.join(FORMATS)}.",
+)
 @click.option(
     "--output-dir",
     type=click.Path(file_okay=False, path_type=Path),
@@ -96,9 +99,9 @@ def _short_form(name: str, format: str, text: str) -> click.Command:
     @_to_target
     @command
     def write(source: Path, target: Path, overwrite: bool, machine: bool) -> None:
-        from ..formats.export import export_all
+        from ..formats.export import export as write_as
 
-        export_all(source, {format: target}, overwrite)
+        write_as(format, source, target, overwrite)
         _done(format, source, target, machine)
 
     return write

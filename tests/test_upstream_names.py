@@ -92,6 +92,15 @@ def test_a_trainer_that_passes_on_what_it_does_not_read(tmp_path: Path, said: li
     assert ran == [1] and control.should_training_stop and not said
 
 
+def test_a_trainer_whose_subclass_hides_what_is_gone(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers.Trainer, "_run_epoch", lambda self, epoch: None)
+    resume_epochs(trainer(tmp_path, _run_epoch=lambda epoch, **others: None))
+    assert "has no Trainer._run_epoch as it is known here" in said.pop() and not said
+
+
 def test_a_trainer_that_logs_otherwise(tmp_path: Path, said: list[str]) -> None:
     log_through(trainer(tmp_path), SimpleNamespace(logs=dict))
     assert "has no Trainer.log" in said.pop() and not said
@@ -119,6 +128,7 @@ def test_axolotls_trainer_is_resumed_without_a_warning(tmp_path: Path, said: lis
     assert not said
 
 
+@pytest.mark.slow
 def test_a_run_without_the_class_that_marks_states() -> None:
     """Axolotl passes over a plugin whose import fails, and trains by its own path."""
     code = (
@@ -147,6 +157,7 @@ def test_a_transformers_that_does_not_tell_the_names_it_saves(
     assert "has no revert_weight_conversion" in said.pop() and not said
 
 
+@pytest.mark.slow
 def test_a_torch_that_does_not_tell_of_global_hooks(tiny_model: Callable[..., nn.Module]) -> None:
     """In a process of its own, for it is looked up when the module is imported."""
     code = (

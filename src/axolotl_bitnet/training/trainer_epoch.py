@@ -45,9 +45,13 @@ def resume_epochs(trainer: Any) -> None:
 
 
 def _takes_what_is_read(run_epoch: Any) -> bool:
-    """A subclass may pass on what it does not read itself: Axolotl 0.21's takes ``**kwargs``."""
+    """A subclass may pass on what it does not read itself, as ``**kwargs`` (Axolotl 0.21): then the Trainer's
+    own arguments count too."""
     parameters = inspect.signature(run_epoch).parameters
-    return parameters.keys() >= _READ or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    names = set(parameters)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        names |= inspect.signature(transformers.Trainer._run_epoch).parameters.keys()
+    return names >= _READ
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:

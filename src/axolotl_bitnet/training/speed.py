@@ -42,8 +42,9 @@ class Speed(TrainerCallback):
     """Figures from one logged step to the next: none for the first, none across an evaluation or a save."""
 
     def __init__(self, trainer: Any) -> None:
-        self.tokens = 0
+        self.tokens = self.weights = 0
         self.since: float | None = None
+        self.peak: float | None = None
         training_step = getattr(trainer, "training_step", None)
         if training_step is None:
             return
@@ -57,8 +58,7 @@ class Speed(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         layers = [module for module in kwargs["model"].modules() if isinstance(module, BitLinear)]
         self.weights = sum(layer.in_features * layer.out_features for layer in layers)
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        self.peak = peak_of(name)
+        self.peak = peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self.since = None
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -60,6 +60,7 @@ def whole_weights(folder: Path) -> list[Fingerprint]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after", [({}, {}), (SHARDS, {}), ({}, SHARDS), (SHARDS, SHARDS)])
 def test_killed_while_finishing(
     build: Callable[[], nn.Module], tmp_path: Path, before: dict[str, Any], after: dict[str, Any]

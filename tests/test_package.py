@@ -131,6 +131,7 @@ def test_the_wheel_carries_code_and_recipes(tmp_path: Path) -> None:
     assert (target / "tiny" / "train.jsonl").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_systems_that_lack_names(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
     """macOS and Windows have neither sched_getaffinity nor fdatasync, nor Axolotl: the tools work there."""

@@ -57,6 +57,25 @@ def test_every_bit_is_the_definition_s(shape: str, dtype: torch.dtype) -> None:
         same(found, expected(x, codes, s, sizes, bias, dtype))
 
 
+@pytest.mark.parametrize("rows", range(1, 18))
+def test_every_number_of_rows(rows: int) -> None:
+    """1 to 8, 9 to 16, and the first that another kernel takes; with a matrix that ends within a tile."""
+    codes, packed, s = matrices([60, 12], 132)
+    x = torch.randn(rows, 132)
+    found = decode.packed_matmul(x, packed, s, [60, 12], None, torch.bfloat16)
+    same(found, expected(x, codes, s, [60, 12], None, torch.bfloat16))
+
+
+@pytest.mark.parametrize("columns", [31, 32, 33, 127, 128, 129, 383, 384, 385, 511, 512, 513])
+@pytest.mark.parametrize("out", [60, 64, 68])
+def test_around_a_tile_s_edges(columns: int, out: int) -> None:
+    """A tile has 16 rows of bytes, which are 64 of the matrix; from 385 columns on, four warps share it."""
+    codes, packed, s = matrices([out], columns)
+    x, bias = torch.randn(3, columns), torch.randn(out)
+    found = decode.packed_matmul(x, packed, s, [out], bias, torch.float32)
+    same(found, expected(x, codes, s, [out], bias, torch.float32))
+
+
 @pytest.mark.parametrize("split", [1, 2, 5])
 @pytest.mark.parametrize("warps", [1, 4])
 def test_however_it_is_cut(split: int, warps: int) -> None:

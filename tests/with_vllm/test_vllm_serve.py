@@ -124,3 +124,14 @@ def test_completions_and_chat(folder: Path, tmp_path: Path) -> None:
     certain, (choice,) = after_chat.certain(CLEAR), answered["choices"]
     assert choice["token_ids"][: len(certain)] == certain
     assert choice["message"]["content"] == tokenizer.decode(choice["token_ids"], skip_special_tokens=True)
+
+
+def test_tensor_parallelism_is_refused_with_the_reason(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")  # else two workers need two NUMA nodes
+    options = ["--tensor-parallel-size", "2", "--max-model-len", "128", "--enforce-eager"]
+    with serving(folder, tmp_path / "log", *options) as server:
+        assert not server.wait(1500) and server.process.poll()
+    said = server.log.read_text(errors="replace")
+    assert "cannot be served with --tensor-parallel-size above 1: a slice of packed bytes is no slice" in said

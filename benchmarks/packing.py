@@ -35,7 +35,7 @@ import torch
 
 from axolotl_bitnet.formats.export import export
 from axolotl_bitnet.formats.registry import FORMATS
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.storage.atomic import write_json
 from axolotl_bitnet.storage.safetensors_stream import INDEX, SINGLE, Entry, SafetensorsWriter
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from axolotl_bitnet.formats.config_json import recognize
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY, Plan
+from axolotl_bitnet.formats.recognize import recognize
+from axolotl_bitnet.model.entry import CONFIG_KEY
+from axolotl_bitnet.model.layer_plan import Plan
 from axolotl_bitnet.ternary import DEFINITION
 
 ENTRY = {"converted": ["a"]}

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from axolotl_bitnet.layers.bitlinear import BitLinear, bitlinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY, ConversionError, Plan, plan_conversion
+from axolotl_bitnet.model.entry import CONFIG_KEY
+from axolotl_bitnet.model.layer_plan import ConversionError, Plan, plan_conversion
 from axolotl_bitnet.ternary import DEFINITION
 
 transformers = pytest.importorskip("transformers")

@@ -17,8 +17,8 @@ from axolotl_bitnet.formats.dense import DenseCheckpoint, magnitude_of
 from axolotl_bitnet.formats.export import open_checkpoint, pack_checkpoint, revert_checkpoint
 from axolotl_bitnet.formats.latent import LatentCheckpoint
 from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.model.fingerprint import fingerprint_model
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY
 from axolotl_bitnet.model.preflight import preflight
 from axolotl_bitnet.storage import safetensors_stream as stream
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json

@@ -37,8 +37,8 @@ from axolotl_bitnet.formats.gguf.tq import (
     encode_blocks,
 )
 from axolotl_bitnet.formats.latent import LatentCheckpoint
+from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.model.fingerprint import fingerprint_model
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
 from axolotl_bitnet.storage.safetensors_stream import SINGLE, Entry, SafetensorsWriter
 from axolotl_bitnet.ternary import EPSILON, scale_of

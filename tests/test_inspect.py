@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from axolotl_bitnet.formats.registry import FORMATS
+from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.model.fingerprint import Fingerprint
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY
 from axolotl_bitnet.run_folder import RUN_FILE
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
 from axolotl_bitnet.storage.safetensors_stream import SINGLE

@@ -18,8 +18,9 @@ from axolotl_bitnet.formats.companions import copy_companions
 from axolotl_bitnet.formats.config_json import read_plan
 from axolotl_bitnet.formats.latent import LatentCheckpoint
 from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.model.fingerprint import fingerprint_model
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY, Plan
+from axolotl_bitnet.model.layer_plan import Plan
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
 from axolotl_bitnet.storage.parallel import row_ranges
 from axolotl_bitnet.storage.safetensors_stream import SINGLE

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from axolotl_bitnet.formats.export import export_mlx, open_checkpoint, pack_checkpoint, revert_checkpoint
 from axolotl_bitnet.formats.mlx import MLXCheckpoint, group_size, pack_words, unpack_words
+from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.model.fingerprint import fingerprint_model
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json
 from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from support.stored import IDS, Build, by_hand, codes_and_scales, edit, edit_config, same_files, save, trained

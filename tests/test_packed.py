@@ -30,8 +30,9 @@ from axolotl_bitnet.formats.packed import (
 )
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.model.fingerprint import fingerprint_model
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY, Plan
+from axolotl_bitnet.model.layer_plan import Plan
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
 from axolotl_bitnet.storage.safetensors_stream import INDEX, SINGLE, Entry, SafetensorsWriter
 from axolotl_bitnet.ternary import ternarize

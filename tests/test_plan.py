@@ -75,6 +75,13 @@ def test_each_refusal(keys: dict[str, Any], words: str) -> None:
 def test_a_quantized_base_is_refused() -> None:
     found = plan_run(_recipe(), SHAPES["1B"] | {"quantization_config": {"quant_method": "bitnet"}})
     assert "quantized already (bitnet)" in found.refused[0]
+    online = {"quant_method": "bitnet", "quantization_mode": "online"}
+    found = plan_run(_recipe(), SHAPES["1B"] | {"quantization_config": online})  # bitlinear holds codes
+    assert "quantized already (bitnet)" in found.refused[0]
+    found = plan_run(
+        _recipe(), SHAPES["1B"] | {"quantization_config": online | {"linear_class": "autobitlinear"}}
+    )
+    assert found.refused == []
 
 
 def test_exports_that_would_fail_are_refused(base: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from axolotl_bitnet.formats.export import pack_checkpoint
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.layers.weight_codes import weights_unchanged
 from axolotl_bitnet.model.convert import convert_to_bitlinear
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.training.ramp import RampSchedule, fully_ternary, lambda_at, ramping, set_ramp
 from support.layers import run

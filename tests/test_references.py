@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.plugin.upstream.trl_reference import is_ternary, refuse_dense_judges, settle_reference
 from axolotl_bitnet.plugin.upstream.trl_reference_cache import key_precomputed_references
 

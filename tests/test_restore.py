@@ -20,7 +20,7 @@ from axolotl_bitnet.formats.latent import LatentCheckpoint
 from axolotl_bitnet.formats.restore import restore_latents
 from axolotl_bitnet.formats.third_party import ThirdPartyPackedCheckpoint
 from axolotl_bitnet.model.convert import convert_to_bitlinear
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.model.preflight import preflight
 from axolotl_bitnet.ops import pack_codes
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json

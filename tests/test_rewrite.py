@@ -9,7 +9,7 @@ import torch
 
 from axolotl_bitnet.formats.dense import DenseFormat
 from axolotl_bitnet.formats.export import open_checkpoint, pack_checkpoint
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.storage.atomic import CheckpointError, write_json
 from axolotl_bitnet.storage.safetensors_stream import SINGLE, Entry, SafetensorsWriter
 from support.processes import python

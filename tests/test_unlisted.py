@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from axolotl_bitnet import open_checkpoint, pack_checkpoint, restore_latents, revert_checkpoint
 from axolotl_bitnet.cli.main import main
 from axolotl_bitnet.formats.export import export_mlx
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.model.preflight import preflight
 from axolotl_bitnet.model.scales import several_scales
 from axolotl_bitnet.plugin.artifacts import finish_run

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from axolotl_bitnet.formats.export import open_checkpoint, pack_checkpoint
 from axolotl_bitnet.formats.packed import pack_codes, unpack_codes
 from axolotl_bitnet.model.convert import convert_to_bitlinear
+from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.model.fingerprint import Fingerprint, TensorFingerprint, fingerprint_model
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY
 from axolotl_bitnet.plugin.artifacts import finish_run
 from axolotl_bitnet.run_folder import RUN_FILE
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json

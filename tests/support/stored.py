@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from axolotl_bitnet.model.convert import convert_to_bitlinear
-from axolotl_bitnet.model.layer_plan import CONFIG_KEY
+from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.storage.atomic import read_json, write_json
 from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from axolotl_bitnet.ternary import ternarize

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.layer_plan import CONFIG_KEY, FORMAT_KEY, Plan
+from ..model.entry import CONFIG_KEY, FORMAT_KEY
+from ..model.layer_plan import Plan
 from ..storage.atomic import CheckpointError
 from ..storage.safetensors_stream import CheckpointReader, Entry
 from ..ternary import EPSILON, scale_of
 from .checkpoint import TernaryCheckpoint
-from .config_json import in_bfloat16, read_config, read_plan, recognize, with_rope_theta
+from .config_json import in_bfloat16, read_config, read_plan, with_rope_theta
 from .folder_writer import MatrixFormat
 from .format import WayToRun, in_transformers
+from .recognize import recognize
 
 
 def magnitude_of(codes: Tensor, s: Tensor) -> Tensor:

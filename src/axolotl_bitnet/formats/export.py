@@ -9,9 +9,9 @@ from typing import Any
 
 from ..storage.atomic import CheckpointError, read_json, require_space
 from .checkpoint import TernaryCheckpoint
-from .config_json import recognize
 from .format import Format, Proof
 from .latent import LatentCheckpoint
+from .recognize import recognize
 from .registry import FORMATS
 
 

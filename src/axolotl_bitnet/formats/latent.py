@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.layer_plan import CONFIG_KEY, unfinished_ramp
+from ..model.entry import CONFIG_KEY
+from ..model.layer_plan import unfinished_ramp
 from ..run_folder import MERGED
 from ..storage.atomic import CheckpointError
 from ..storage.parallel import parallel_map, row_ranges
 from ..storage.safetensors_stream import CheckpointReader
 from ..ternary import abs_sum, absmean, codes_of, scale_of
 from .checkpoint import TernaryCheckpoint
-from .config_json import read_config, read_plan, recognize
+from .config_json import read_config, read_plan
+from .recognize import recognize
 
 
 class LatentCheckpoint(TernaryCheckpoint):

@@ -22,9 +22,10 @@ from ..storage.atomic import CheckpointError
 from ..storage.parallel import BLOCK, parallel_map, row_ranges
 from ..storage.safetensors_stream import CheckpointReader, Entry, SafetensorsWriter
 from .checkpoint import TernaryCheckpoint
-from .config_json import in_bfloat16, read_config, read_plan, recognize, with_rope_theta
+from .config_json import in_bfloat16, read_config, read_plan, with_rope_theta
 from .folder_writer import FolderFormat, require_scale
 from .format import WayToRun, in_transformers
+from .recognize import recognize
 
 
 class PackedFormat(FolderFormat):

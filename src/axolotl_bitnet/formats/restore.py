@@ -18,11 +18,11 @@ from ..storage.atomic import CheckpointError, read_json
 from ..storage.safetensors_stream import Entry
 from ..ternary import EPSILON, latents_of, scale_of
 from .checkpoint import TernaryCheckpoint
-from .config_json import recognize
 from .export import open_checkpoint
 from .folder_writer import MatrixFormat
 from .format import Proof, WayToRun
 from .latent import LatentCheckpoint
+from .recognize import recognize
 from .third_party import open_unlisted
 
 _LOG = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.layer_plan import CONFIG_KEY, ConversionError, Plan, plan_conversion
+from ..model.entry import CONFIG_KEY
+from ..model.layer_plan import ConversionError, Plan, plan_conversion
 from ..model.preflight import NEVER_TERNARY, SAMPLE
 from ..model.scales import lost, several_scales
 from ..ops import ROWS_PER_BYTE, unpack_codes
@@ -27,9 +28,10 @@ from ..storage.atomic import CheckpointError
 from ..storage.safetensors_stream import CheckpointReader, Entry
 from ..ternary import dequantize, ternarize
 from .checkpoint import TernaryCheckpoint
-from .config_json import read_config, recognize
+from .config_json import read_config
 from .dense import DenseCheckpoint, read_signs
 from .latent import LatentCheckpoint
+from .recognize import recognize
 
 _LOG = logging.getLogger(__name__)
 

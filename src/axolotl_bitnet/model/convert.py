@@ -16,7 +16,8 @@ from torch import nn
 
 from ..layers.bitlinear import BitLinear
 from ..layers.fused_llama import fuse_layers
-from .layer_plan import CONFIG_KEY, _is_auto_bitlinear, _saved_as, plan_conversion
+from .entry import CONFIG_KEY
+from .layer_plan import _is_auto_bitlinear, _saved_as, plan_conversion
 
 
 def convert_to_bitlinear(

@@ -20,22 +20,10 @@ from torch import nn
 from ..layers.bitlinear import BitLinear
 from ..ops import ROWS_PER_BYTE
 from ..ternary import DEFINITION
+from .entry import RAMP_KEY
 from .outline import matches
 
 LOG = logging.getLogger("axolotl.bitnet")
-
-CONFIG_KEY = "axolotl_bitnet"
-"""Key of config.json under which a converted model lists its ternary and its dense linear layers: an entry
-as :meth:`Plan.to_entry` makes it. ``ramp`` and ``format`` are added to it where they apply."""
-
-
-RAMP_KEY = "ramp"
-"""In that entry: lambda, while it is below 1 (:mod:`axolotl_bitnet.training.ramp`)."""
-
-
-FORMAT_KEY = "format"
-"""In that entry: how the ternary layers are stored, where nothing else in the config shows it."""
-
 
 _HEADS = {"lm_head", "embed_out", "score", "classifier"}
 

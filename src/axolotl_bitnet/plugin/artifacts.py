@@ -13,8 +13,8 @@ from typing import Any
 
 from ..formats.latent import LatentCheckpoint
 from ..formats.registry import FOLDERS, FORMATS, Row
+from ..model.entry import CONFIG_KEY
 from ..model.fingerprint import Fingerprint
-from ..model.layer_plan import CONFIG_KEY
 from ..run_folder import ASIDE, MADE_HERE, PAGE, REPORT, RUN_FILE
 from ..storage.atomic import CheckpointError, read_json, write_json
 from ..storage.safetensors_stream import INDEX, weight_bytes

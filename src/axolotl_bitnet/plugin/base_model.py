@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-from ..formats.config_json import recognize
+from ..formats.recognize import recognize
 from ..formats.tied import repeats_embedding, says_tied
 from ..formats.unplaced import unplaced
 from ..model.layer_plan import ConversionError, plan_conversion

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from axolotl.integrations.base import BasePlugin
 
-from ..formats.config_json import recognize
+from ..formats.recognize import recognize
 from ..formats.unplaced import note_of
 from ..model.convert import convert_to_bitlinear
+from ..model.entry import CONFIG_KEY
 from ..model.fingerprint import Fingerprint, fingerprint_model
-from ..model.layer_plan import CONFIG_KEY
 from ..model.preflight import preflight
 from ..storage.atomic import CheckpointError
 from ..storage.safetensors_stream import CheckpointReader

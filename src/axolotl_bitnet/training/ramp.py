@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..layers.bitlinear import BitLinear
-from ..model.layer_plan import CONFIG_KEY, RAMP_KEY, too_short
+from ..model.entry import CONFIG_KEY, RAMP_KEY
+from ..model.layer_plan import too_short
 
 
 def lambda_at(step: int, ramp_steps: int) -> float:

@@ -13,7 +13,7 @@ from ..formats.checkpoint import TernaryCheckpoint
 from ..formats.companions import COMPANIONS, MORE_TEMPLATES, code_files
 from ..formats.gguf.compare import compare_vocabulary, computed_otherwise
 from ..formats.gguf.reader import GGUFCheckpoint
-from ..model.layer_plan import CONFIG_KEY
+from ..model.entry import CONFIG_KEY
 from ..storage.parallel import one_thread
 from ..storage.progress import begin
 from .report import Check

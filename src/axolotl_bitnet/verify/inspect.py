@@ -12,14 +12,16 @@ from typing import Any
 import torch
 
 from ..formats.checkpoint import TernaryCheckpoint
-from ..formats.config_json import read_plan, recognize
+from ..formats.config_json import read_plan
 from ..formats.export import open_checkpoint
 from ..formats.gguf.reader import GGUFCheckpoint
+from ..formats.recognize import recognize
 from ..formats.registry import FORMATS
 from ..formats.third_party import multiplies
 from ..formats.unplaced import unplaced
 from ..model.convert import convert_to_bitlinear
-from ..model.layer_plan import CONFIG_KEY, ConversionError, Plan
+from ..model.entry import CONFIG_KEY
+from ..model.layer_plan import ConversionError, Plan
 from ..model.names import first_few, natural_order
 from ..model.preflight import NEVER_TERNARY
 from ..model.scales import lost, several_scales

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...model.layer_plan import CONFIG_KEY, Plan
+from ...model.entry import CONFIG_KEY
+from ...model.layer_plan import Plan
 from ...storage.atomic import CheckpointError
 from ...storage.safetensors_stream import Entry
 from ..checkpoint import TernaryCheckpoint

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...formats.recognize import recognize
 from ...formats.registry import FORMATS
 
 
@@ -16,11 +17,11 @@ def base_refusals(cfg: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
         found.append(
             "FSDP does not support the Falcon architecture (Falcon-E and Falcon3 are Llamas, and work)"
         )
-    quantization = base.get("quantization_config")
-    if isinstance(quantization, Mapping) and quantization.get("quantization_mode") != "online":
+    stored = recognize(base)
+    if stored.kind in ("packed", "third-party", "quantized"):
         found.append(
-            f"{cfg.get('base_model')} is quantized already ({quantization.get('quant_method')}): training "
-            "needs its latents. Take the bf16 or 'prequantized' variant of the model"
+            f"{cfg.get('base_model')} is quantized already ({stored.method}): training needs its latents. "
+            "Take the bf16 or 'prequantized' variant of the model"
         )
     return found
 

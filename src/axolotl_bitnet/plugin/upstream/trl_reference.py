@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...formats.config_json import recognize
+from ...formats.recognize import recognize
 from ...layers.bitlinear import BitLinear
 
 

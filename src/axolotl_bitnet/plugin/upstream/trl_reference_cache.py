@@ -15,7 +15,7 @@ from importlib.metadata import version
 
 from torch import nn
 
-from ...model.layer_plan import CONFIG_KEY
+from ...model.entry import CONFIG_KEY
 from .trl_reference import is_ternary
 
 

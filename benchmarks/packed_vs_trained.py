@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+DTYPES = (torch.float32, torch.bfloat16)
 PROMPTS = [
     "The capital of France is",
     "What is 17 + 25?",
@@ -71,7 +72,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="a run's output_dir: latents, and packed/ below")
     parser.add_argument("--prompts", type=Path, help="text file, a prompt a line")
     parser.add_argument("--tokens", type=int, default=8, help="length of the greedy continuations")
-    parser.add_argument("--packed-only", nargs=2, metavar=("DTYPE", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--packed-only", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
 
     prompts = args.prompts.read_text().splitlines() if args.prompts else PROMPTS
@@ -79,19 +80,18 @@ def main() -> int:
     batches = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts if prompt]
 
     if args.packed_only:
-        dtype, out = getattr(torch, args.packed_only[0]), args.packed_only[1]
-        model = AutoModelForCausalLM.from_pretrained(args.run / "packed", dtype=dtype).eval()
+        for dtype in DTYPES:
+            model = AutoModelForCausalLM.from_pretrained(args.run / "packed", dtype=dtype).eval()
+            save_file(measure(model, batches, args.tokens), args.packed_only / f"{dtype}.safetensors")
         assert "axolotl_bitnet" not in sys.modules
-        save_file(measure(model, batches, args.tokens), out)
         return 0
 
     failed = False
-    for dtype in (torch.float32, torch.bfloat16):
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, *sys.argv, "--packed-only", folder], check=True)
+        both = {dtype: load_file(f"{folder}/{dtype}.safetensors") for dtype in DTYPES}
+    for dtype, packed in both.items():
         name = str(dtype).removeprefix("torch.")
-        with tempfile.TemporaryDirectory() as folder:
-            out = str(Path(folder) / "packed.safetensors")
-            subprocess.run([sys.executable, *sys.argv, "--packed-only", name, out], check=True)
-            packed = load_file(out)
         trained = measure(load_trained(args.run, dtype), batches, args.tokens)
         ours = torch.cat([trained[f"logits.{i}"].flatten() for i in range(len(batches))])
         theirs = torch.cat([packed[f"logits.{i}"].flatten() for i in range(len(batches))])

@@ -42,6 +42,7 @@ def _commands() -> list[tuple[str, str]]:
 
 
 COMMANDS = _commands()
+SCRIPT = (pytest.mark.slow, pytest.mark.once)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,9 @@ def test_there_are_commands_to_run() -> None:
 @pytest.mark.parametrize(
     ("document", "command"),
     [
-        pytest.param(*found, marks=pytest.mark.slow if found[1].startswith("python") else ())
+        pytest.param(
+            *found, marks=[pytest.mark.slow, pytest.mark.once] if found[1].startswith("python") else ()
+        )
         for found in COMMANDS
     ],
 )

@@ -516,6 +516,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_writing_and_reading_need_little_memory(tmp_path: Path) -> None:

@@ -266,6 +266,7 @@ def extra_paths() -> dict[str, str]:
     return {"PYTHONPATH": str(Path(mlx.core.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MLX_FAMILIES)
 def test_mlx_lm_computes_the_weight_only_model(in_mlx: tuple[Path, dict[str, Any]], family: str) -> None:
@@ -295,6 +296,7 @@ def test_mlx_lm_computes_the_weight_only_model(in_mlx: tuple[Path, dict[str, Any
         assert float((other(IDS).logits - logits).abs().max()) > 1e-5 * float(logits.abs().max())
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MLX_FAMILIES)
 def test_mlx_lm_loads_the_packed_folder(in_mlx: tuple[Path, dict[str, Any]], family: str) -> None:

@@ -123,6 +123,7 @@ def test_every_operation_is_tested() -> None:
     assert sorted(n.removeprefix(prefix) for n in names if n.startswith(prefix)) == sorted(OPERATIONS)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @by_operation
 @by_name

@@ -10,7 +10,10 @@ pytest.importorskip("playwright")
 from axolotl_bitnet.report import write_report
 from support import browser, reports
 
-pytestmark = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed"),
+]
 
 
 in_a_browser = pytest.mark.skipif(
@@ -61,7 +64,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
 
 @in_a_browser
 def test_the_browser_notices(tmp_path: Path) -> None:
-    """What the test above is held against: a page that does what it must not."""
+    """What the test above must notice: a page that does what it must not."""
     bad = tmp_path / "bad.html"
     bad.write_text(
         "<meta name=viewport content='width=device-width'><title>x</title><p style='width: 900px'>wide</p>"

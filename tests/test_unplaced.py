@@ -78,6 +78,7 @@ def test_what_has_no_place_and_need_not_be_named(tiny_model: Make, tmp_path: Pat
     assert unplaced(described, stored | more | {f"{layer}.sub_norm.weight"}) == [f"{layer}.sub_norm.weight"]
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_the_report_repeats_them(tmp_path: Path) -> None:
     folder = reports.whole(tmp_path / "run", layers=1)

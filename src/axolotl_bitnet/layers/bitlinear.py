@@ -201,12 +201,19 @@ def _autocast_device(x: Tensor) -> str:
     return "cpu" if x.is_meta else x.device.type  # autocast knows no meta
 
 
-def input_gradient(dy: Tensor, weight: Tensor, g: Tensor, int8_grad: bool) -> Tensor:
-    """``dY . (codes_w / s)``, (..., in_features) in dY's dtype."""
+def input_gradient(
+    dy: Tensor, weight: Tensor, g: Tensor, int8_grad: bool, onto: Tensor | None = None
+) -> Tensor:
+    """``dY . (codes_w / s)``, (..., in_features) in dY's dtype; added to ``onto`` in place, if it is given."""
     if int8_grad:
         codes, r = ops.quantize_activations(dy, dy.dtype, _GRADIENT_FLOOR)
-        return ops.matmul(codes, r, *transposed_codes(weight, g), None, dy.dtype)
-    return dy @ dequantized_weight(weight, g, dy.dtype)
+        dx = ops.matmul(codes, r, *transposed_codes(weight, g), None, dy.dtype)
+        return dx if onto is None else onto.add_(dx)
+    dense = dequantized_weight(weight, g, dy.dtype)
+    if onto is None:
+        return dy @ dense
+    onto.view(-1, onto.shape[-1]).addmm_(dy.reshape(-1, dy.shape[-1]), dense)  # one launch, one rounding
+    return onto
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

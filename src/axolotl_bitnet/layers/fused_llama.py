@@ -106,10 +106,17 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, int8_grad: bool = 
     dtype = compute_dtype(x)
     with no_autocast(x):
         codes, r = shared_activation_codes(x, dtype)
-        return _SwiGLU.apply(x, codes, r, gate, up, down, dtype, int8_grad)
+        edge, codes_h, r_h, codes_down, s = _SwiGLU.apply(x, codes, r, gate, up, down, dtype, int8_grad)
+        return _Down.apply(edge, codes_h, r_h, codes_down, s)
 
 
 class _SwiGLU(torch.autograd.Function):
+    """All but the last product, and the backward of the whole.
+
+    Activation checkpointing computes a layer again up to the last tensor that its backward needs. This saves
+    that tensor, so the product of :class:`_Down` is not computed again.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -121,7 +128,7 @@ class _SwiGLU(torch.autograd.Function):
         w_down: Tensor,
         dtype: torch.dtype,
         int8_grad: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         codes, s, g_gate = ternarize(w_gate)
         gate = ops.matmul(codes_x, r, codes, s, None, dtype)
         codes, s, g_up = ternarize(w_up)
@@ -131,11 +138,14 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(codes_x, r, gate, up, r_h, w_gate, w_up, w_down)
         ctx.means = g_gate, g_up, g_down
         ctx.x_dtype, ctx.int8_grad = x.dtype, int8_grad
-        return ops.matmul(codes_h, r_h, codes, s, None, dtype)
+        ctx.mark_non_differentiable(codes_h, r_h, codes, s)
+        ctx.set_materialize_grads(False)
+        edge = gate.new_empty(()).expand(*x.shape[:-1], w_down.shape[0])  # the result's shape, no memory
+        return edge, codes_h, r_h, codes, s
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         codes_x, r, gate, up, r_h, w_gate, w_up, w_down = ctx.saved_tensors
         g_gate, g_up, g_down = ctx.means
         needs_x, _, _, needs_gate, needs_up, needs_down, _, _ = ctx.needs_input_grad
@@ -154,9 +164,20 @@ class _SwiGLU(torch.autograd.Function):
                 dw_up = weight_gradient(dup, x, w_up.dtype) if needs_up else None
             if needs_x:
                 dx = input_gradient(dgate, w_gate, g_gate, ctx.int8_grad)
-                dx += input_gradient(dup, w_up, g_up, ctx.int8_grad)
-                dx = dx.to(ctx.x_dtype)
+                dx = input_gradient(dup, w_up, g_up, ctx.int8_grad, onto=dx).to(ctx.x_dtype)
         return dx, None, None, dw_gate, dw_up, dw_down, None, None
+
+
+class _Down(torch.autograd.Function):
+    """The last product of :class:`_SwiGLU`, to which its gradient is passed as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, edge: Tensor, codes_h: Tensor, r_h: Tensor, codes: Tensor, s: Tensor) -> Tensor:
+        return ops.matmul(codes_h, r_h, codes, s, None, edge.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, None, None, None, None
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from axolotl_bitnet import ops
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.layers.fused_llama import RMSNorm, SwiGLU
 from axolotl_bitnet.model.convert import convert_to_bitlinear
@@ -232,6 +233,26 @@ def test_activation_checkpointing(pair, reentrant: bool, autocast: bool) -> None
         loss.backward()
         found.append([loss.detach(), *gradients(fused)])
     assert all(torch.equal(*both) for both in zip(*found, strict=True))
+
+
+def test_checkpointing_does_not_compute_the_last_product_again(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends at the last tensor that a backward needs."""
+    fused = pair("Llama")[1].train()
+    fused.gradient_checkpointing_enable({"use_reentrant": False})
+    fused.enable_input_require_grads()
+    columns: list[int] = []
+    original = ops.matmul
+
+    def counting(codes_x: Tensor, *rest: Any) -> Tensor:
+        columns.append(codes_x.shape[-1])
+        return original(codes_x, *rest)
+
+    monkeypatch.setattr("axolotl_bitnet.ops.matmul", counting)
+    batch = torch.randint(3, 128, (2, 9))
+    fused(batch, labels=batch, use_cache=False).loss.backward()
+    layers = fused.config.num_hidden_layers
+    assert columns.count(fused.config.intermediate_size) == layers
+    assert len(columns) == layers * (7 + 6)
 
 
 # torch.compile

@@ -23,9 +23,9 @@ the latents, as above.
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,8 +34,12 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from .gathered_weight import GatheredWeight
+from .shared import shared_activation_codes, take_output
 from .stretch import unstretched
 from .weight_codes import dequantized_weight, ternarize, transposed_codes
+
+# Private to torch; without it global hooks on all modules cannot be detected.
+has_any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", None)
 
 _GRADIENT_FLOOR = 1e-30  # of a mean over many tokens, gradients lie far below the floor of activations
 
@@ -60,6 +64,8 @@ class BitLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.ramp is not None:
             return ramped_linear(input, self.weight, self.bias, self.ramp, self.stretch)
+        if (output := take_output(input, self)) is not None:
+            return output
         return bitlinear(input, self.weight, self.bias, self.int8_grad)
 
 
@@ -75,43 +81,62 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, int8_grad: 
     Returns:
         (..., out_features) in x's dtype (the autocast dtype under autocast).
     """
+    (y,) = bitlinears(x, [(weight, bias)], int8_grad)
+    return y
+
+
+def bitlinears(
+    x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], int8_grad: bool = False
+) -> tuple[Tensor, ...]:
+    """:func:`bitlinear` of one x with several weights and biases, as one autograd function.
+
+    The gradient of x is summed in the products, with a rounding less for each than by separate layers.
+    """
     dtype = compute_dtype(x)
     with no_autocast(x):
         codes, r = shared_activation_codes(x, dtype)
-        return _BitLinear.apply(x, codes, r, weight, bias, dtype, int8_grad)
+        return _BitLinear.apply(x, codes, r, dtype, int8_grad, *chain.from_iterable(layers))
 
 
 class _BitLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        codes_x: Tensor,
-        r: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        int8_grad: bool,
-    ) -> Tensor:
-        codes_w, s, g = ternarize(weight)
-        ctx.save_for_backward(codes_x, r, weight)
-        ctx.g, ctx.x_dtype, ctx.int8_grad = g, x.dtype, int8_grad  # one number: not worth a saved-tensor hook
-        return ops.matmul(codes_x, r, codes_w, s, bias, dtype)
+        ctx: Any, x: Tensor, codes_x: Tensor, r: Tensor, dtype: torch.dtype, int8_grad: bool, *parameters: Any
+    ) -> tuple[Tensor, ...]:
+        weights, biases = parameters[::2], parameters[1::2]
+        coded = [ternarize(weight) for weight in weights]
+        ctx.save_for_backward(codes_x, r, *weights)
+        ctx.means = [g for _, _, g in coded]  # one number each: not worth a saved-tensor hook
+        ctx.x_dtype, ctx.int8_grad = x.dtype, int8_grad
+        ctx.set_materialize_grads(False)
+        return tuple(
+            ops.matmul(codes_x, r, codes_w, s, bias, dtype)
+            for (codes_w, s, _), bias in zip(coded, biases, strict=True)
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        codes_x, r, weight = ctx.saved_tensors
-        needs_x, _, _, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
-        dx = dw = db = None
-        with no_autocast(dy):
-            if needs_x:
-                dx = input_gradient(dy, weight, ctx.g, ctx.int8_grad).to(ctx.x_dtype)
-            if needs_weight:
-                dw = weight_gradient(dy, ops.dequantize_activations(codes_x, r, dy.dtype), weight.dtype)
-            if needs_bias:
-                db = dy.flatten(0, -2).sum(0) if dy.dim() > 1 else dy
-        return dx, None, None, dw, db, None, None
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        codes_x, r, *weights = ctx.saved_tensors
+        needs_x, _, _, _, _, *needs = ctx.needs_input_grad
+        dx = x = None
+        gradients: list[Tensor | None] = []
+        for dy, weight, g, needs_weight, needs_bias in zip(
+            dys, weights, ctx.means, needs[::2], needs[1::2], strict=True
+        ):
+            dw = db = None
+            if dy is not None:
+                with no_autocast(dy):
+                    if needs_x:
+                        dx = input_gradient(dy, weight, g, ctx.int8_grad, onto=dx)
+                    if needs_weight:
+                        x = ops.dequantize_activations(codes_x, r, dy.dtype) if x is None else x
+                        dw = weight_gradient(dy, x, weight.dtype)
+                    if needs_bias:
+                        db = dy.flatten(0, -2).sum(0) if dy.dim() > 1 else dy
+            gradients += [dw, db]
+        dx = None if dx is None else dx.to(ctx.x_dtype)
+        return dx, None, None, None, None, *gradients
 
 
 def ramped_linear(
@@ -204,7 +229,8 @@ def _autocast_device(x: Tensor) -> str:
 def input_gradient(
     dy: Tensor, weight: Tensor, g: Tensor, int8_grad: bool, onto: Tensor | None = None
 ) -> Tensor:
-    """``dY . (codes_w / s)``, (..., in_features) in dY's dtype; added to ``onto`` in place, if it is given."""
+    """``dY . (codes_w / s)``, (..., in_features) in dY's dtype; added to ``onto``, in place, if there is
+    one."""
     if int8_grad:
         codes, r = ops.quantize_activations(dy, dy.dtype, _GRADIENT_FLOOR)
         dx = ops.matmul(codes, r, *transposed_codes(weight, g), None, dy.dtype)
@@ -225,50 +251,16 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return (rows @ x).to(dtype)
 
 
-def shared_activation_codes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes and scales of ``x.to(dtype)``, made once for all layers that read the same tensor.
-
-    They are an attribute of the tensor object, which q, k and v (or gate and up) get in turn, and are freed
-    with it. A write through ``x.data`` between two readers is not detected. Only for a tensor of the graph:
-    another may be the output of a CUDA graph, whose replays write to it undetected. Off in inference mode (no
-    versions there) and under torch.compile (which finds common subexpressions itself).
-    """
-    if torch.compiler.is_compiling() or x.is_inference():
-        return ops.quantize_activations(x.detach(), dtype)
-    held = getattr(x, _HELD, None)
-    if held is not None and held.owner() is x and held.version == x._version and held.dtype == dtype:
-        return held.codes, held.r
-    codes, r = ops.quantize_activations(x.detach(), dtype)
-    if x.requires_grad:
-        share_activation_codes(x, dtype, codes, r)
-    return codes, r
-
-
-def share_activation_codes(x: Tensor, dtype: torch.dtype, codes: Tensor, r: Tensor) -> None:
-    """Leave on x the codes and scales of ``x.to(dtype)``, for :func:`shared_activation_codes`."""
-    setattr(x, _HELD, _Held(weakref.ref(x), x._version, dtype, codes, r))
-
-
-_HELD = "_axolotl_bitnet_codes"
-
-
-@dataclass(slots=True)
-class _Held:
-    """The attribute of a tensor. Copies and pickles of the tensor do not have it: their versions start
-    anew."""
-
-    owner: weakref.ref[Tensor]
-    version: int
-    dtype: torch.dtype
-    codes: Tensor
-    r: Tensor
-
-    def __deepcopy__(self, memo: Any) -> None:
-        return None
-
-    def __reduce__(self) -> Any:
-        return _nothing, ()
-
-
-def _nothing() -> None:
-    return None
+def is_bare(layer: nn.Module) -> bool:
+    """Whether calling the layer would do nothing but its own forward, ternary."""
+    return (
+        type(layer) is BitLinear
+        and layer.ramp is None
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+        and "forward" not in vars(layer)
+        and layer.weight.dim() == 2
+        and (torch.compiler.is_compiling() or (has_any_global_hook is not None and not has_any_global_hook()))
+    )

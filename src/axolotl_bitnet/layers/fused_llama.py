@@ -1,4 +1,4 @@
-"""Llama's SwiGLU MLP and RMSNorm, fused with the quantization that follows them.
+"""Llama's SwiGLU MLP and RMSNorm, fused with the quantization that follows them, and q, k and v together.
 
 Both write a tensor only for a BitLinear to read and quantize it. Fused, the MLP never writes ``silu(gate) *
 up`` (nor keeps it for backward: it is computed again from gate and up), and the norm quantizes its output
@@ -23,21 +23,21 @@ from .. import ops
 from .bitlinear import (
     BitLinear,
     compute_dtype,
+    has_any_global_hook,
     input_gradient,
+    is_bare,
     no_autocast,
-    share_activation_codes,
-    shared_activation_codes,
     weight_gradient,
 )
+from .projections import has_projections, project_together
+from .shared import share_activation_codes, shared_activation_codes
 from .weight_codes import ternarize
-
-# Private to torch; without it global hooks on all modules cannot be detected.
-_has_any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", None)
 
 LOG = logging.getLogger("axolotl.bitnet")
 
 _MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "LigerSwiGLUMLP"}
 _NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "LigerRMSNorm"}
+_ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
 _BEFORE_LINEARS = {"input_layernorm", "post_attention_layernorm"}
 
 
@@ -47,7 +47,7 @@ def fuse_layers(model: nn.Module) -> int:
     Returns:
         How many modules were fused.
     """
-    if _has_any_global_hook is None:
+    if has_any_global_hook is None:
         LOG.warning(
             "torch %s has no _has_any_global_hook: MLPs and norms are not fused (the same codes, more "
             "slowly)",
@@ -60,6 +60,10 @@ def fuse_layers(model: nn.Module) -> int:
             module.__class__ = SwiGLU
         elif name.rsplit(".", 1)[-1] in _BEFORE_LINEARS and _is_rmsnorm(module):
             module.__class__ = RMSNorm
+        elif type(module).__name__ in _ATTENTIONS and has_projections(module):
+            if project_together in module._forward_pre_hooks.values():
+                continue
+            module.register_forward_pre_hook(project_together, with_kwargs=True)
         else:
             continue
         count += 1
@@ -75,7 +79,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = (self.gate_proj, self.up_proj, self.down_proj)
-        if not all(map(_is_bare, parts)):
+        if not all(map(is_bare, parts)):
             return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
         gate, up, down = (part.weight for part in parts)
         return swiglu(x, gate, up, down, self.down_proj.int8_grad)
@@ -214,21 +218,4 @@ def _is_rmsnorm(module: nn.Module) -> bool:
         and getattr(module, "casting_mode", "llama") == "llama"
         and hasattr(module, "variance_epsilon")
         and isinstance(getattr(module, "weight", None), nn.Parameter)
-    )
-
-
-def _is_bare(layer: nn.Module) -> bool:
-    """Whether calling the layer would do nothing but its own forward."""
-    return (
-        type(layer) is BitLinear
-        and layer.ramp is None
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and not layer._backward_hooks
-        and not layer._backward_pre_hooks
-        and "forward" not in vars(layer)
-        and layer.weight.dim() == 2
-        and (
-            torch.compiler.is_compiling() or (_has_any_global_hook is not None and not _has_any_global_hook())
-        )
     )

@@ -1,0 +1,39 @@
+"""Query, key and value projections as one autograd function.
+
+A short step waits for Python, not for the GPU, and three layers that read one tensor cost three times the
+calls. Before an attention module runs, its three products are computed together and left on the tensor that
+it reads, where :class:`~axolotl_bitnet.layers.bitlinear.BitLinear` finds its own. The outputs and the
+gradients of weights and biases are those of the separate layers, bit for bit; the gradient of x is summed in
+the products, with one rounding less for each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bitlinear import BitLinear, bitlinears, is_bare
+from .shared import leave_outputs
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def has_projections(attention: nn.Module) -> bool:
+    """Whether the module has query, key and value projections that are ternary."""
+    return all(type(getattr(attention, name, None)) is BitLinear for name in _PROJECTIONS)
+
+
+def project_together(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook, with keywords, of an attention module that reads ``hidden_states``."""
+    x = args[0] if args else kwargs.get("hidden_states")
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if not (isinstance(x, Tensor) and x.requires_grad):
+        return
+    layers = [getattr(attention, name) for name in _PROJECTIONS]
+    if not all(map(is_bare, layers)):
+        return
+    parameters = [(layer.weight, layer.bias) for layer in layers]
+    leave_outputs(x, layers, bitlinears(x, parameters, layers[0].int8_grad))

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -182,6 +183,16 @@ def results(layer: Callable[[Tensor], Tensor], owner: nn.Module, x: Tensor) -> l
     y = layer(leaf)
     y.square().sum().backward()
     return [y.detach(), leaf.grad, *(parameter.grad for parameter in owner.parameters())]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_compiled_layer_without_gradients(grad: Any, bias: bool) -> None:
+    layer = layer_for(torch.empty(24), 12, bias=bias)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with grad():
+        x = torch.randn(3, 24)
+        assert torch.equal(compiled(x), layer(x))
 
 
 @pytest.mark.slow

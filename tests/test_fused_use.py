@@ -298,6 +298,15 @@ def test_compiled_block_is_the_eager_one(pair, backend: str) -> None:
         close(run_module(compiled, x, dy), run_module(block, x, dy), 1e-5)
 
 
+def test_a_compiled_mlp_without_gradients(pair) -> None:
+    _, fused = mlps(pair)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 64)
+    for grad in (torch.no_grad, torch.inference_mode):
+        with grad():
+            assert torch.equal(compiled(x), fused(x))
+
+
 @pytest.mark.slow
 def test_a_whole_model_compiles_without_a_break(pair) -> None:
     plain, fused = pair()

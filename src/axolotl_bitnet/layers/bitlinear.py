@@ -81,33 +81,32 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, int8_grad: 
     Returns:
         (..., out_features) in x's dtype (the autocast dtype under autocast).
     """
-    (y,) = bitlinears(x, [(weight, bias)], int8_grad)
+    (y,) = bitlinears(x, [(weight, bias, int8_grad)])
     return y
 
 
-def bitlinears(
-    x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], int8_grad: bool = False
-) -> tuple[Tensor, ...]:
-    """:func:`bitlinear` of one x with several weights and biases, as one autograd function.
+def bitlinears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, bool]]) -> tuple[Tensor, ...]:
+    """:func:`bitlinear` of one x with several weights, biases and ``int8_grad``, as one autograd function.
 
     The gradient of x is summed in the products, with a rounding less for each than by separate layers.
     """
     dtype = compute_dtype(x)
     with no_autocast(x):
         codes, r = shared_activation_codes(x, dtype)
-        return _BitLinear.apply(x, codes, r, dtype, int8_grad, *chain.from_iterable(layers))
+        return _BitLinear.apply(x, codes, r, dtype, *chain.from_iterable(layers))
 
 
 class _BitLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codes_x: Tensor, r: Tensor, dtype: torch.dtype, int8_grad: bool, *parameters: Any
+        ctx: Any, x: Tensor, codes_x: Tensor, r: Tensor, dtype: torch.dtype, *parameters: Any
     ) -> tuple[Tensor, ...]:
-        weights, biases = parameters[::2], parameters[1::2]
+        # Three per layer: with two, a compiler without gradients takes ctx for superfluous, by their number.
+        weights, biases, ctx.int8_grads = parameters[::3], parameters[1::3], parameters[2::3]
         coded = [ternarize(weight) for weight in weights]
         ctx.save_for_backward(codes_x, r, *weights)
         ctx.means = [g for _, _, g in coded]  # one number each: not worth a saved-tensor hook
-        ctx.x_dtype, ctx.int8_grad = x.dtype, int8_grad
+        ctx.x_dtype = x.dtype
         ctx.set_materialize_grads(False)
         return tuple(
             ops.matmul(codes_x, r, codes_w, s, bias, dtype)
@@ -118,25 +117,25 @@ class _BitLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         codes_x, r, *weights = ctx.saved_tensors
-        needs_x, _, _, _, _, *needs = ctx.needs_input_grad
+        needs_x, _, _, _, *needs = ctx.needs_input_grad
         dx = x = None
         gradients: list[Tensor | None] = []
-        for dy, weight, g, needs_weight, needs_bias in zip(
-            dys, weights, ctx.means, needs[::2], needs[1::2], strict=True
+        for dy, weight, g, int8_grad, needs_weight, needs_bias in zip(
+            dys, weights, ctx.means, ctx.int8_grads, needs[::3], needs[1::3], strict=True
         ):
             dw = db = None
             if dy is not None:
                 with no_autocast(dy):
                     if needs_x:
-                        dx = input_gradient(dy, weight, g, ctx.int8_grad, onto=dx)
+                        dx = input_gradient(dy, weight, g, int8_grad, onto=dx)
                     if needs_weight:
                         x = ops.dequantize_activations(codes_x, r, dy.dtype) if x is None else x
                         dw = weight_gradient(dy, x, weight.dtype)
                     if needs_bias:
                         db = dy.flatten(0, -2).sum(0) if dy.dim() > 1 else dy
-            gradients += [dw, db]
+            gradients += [dw, db, None]
         dx = None if dx is None else dx.to(ctx.x_dtype)
-        return dx, None, None, None, None, *gradients
+        return dx, None, None, None, *gradients
 
 
 def ramped_linear(

@@ -213,8 +213,9 @@ def compiled(*missing: str, launcher: Any = None) -> Any:
     return kernel
 
 
-def other_launcher(gridX: int, gridY: int, gridZ: int, stream: int, function: Any, *args: Any) -> None:
-    """Five names are the known ones, and what follows is not."""
+def other_launcher(gridX: int, gridY: int, gridZ: int, stream: int, function: Any, *args: Any) -> Any:
+    """Five names are the known ones, and what follows is not named; Triton 3.6 has this one."""
+    return "directly", (gridX, gridY, gridZ, stream, function, args[0]), args[4:]
 
 
 @pytest.fixture
@@ -228,6 +229,13 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_known_launcher_is_called_directly(launch: Any, said: list[str]) -> None:
     assert launch._direct(compiled(), 5, 0)(1, 2) == ("directly", (5, 1, 1, 9, 7, 8), (1, 2))
+    assert said == []
+
+
+def test_the_launcher_of_triton_3_6(launch: Any, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.triton, "__version__", "3.6.0")
+    kernel = compiled(launcher=other_launcher)
+    assert launch._direct(kernel, 5, 0)(1, 2) == ("directly", (5, 1, 1, 9, 7, 8), (1, 2))
     assert said == []
 
 

@@ -5,8 +5,9 @@ kernels run. Here the caller gives a short key of what the compiled kernel depen
 with the same key uses that kernel directly.
 
 Uses ``run``, ``function`` and ``packed_metadata`` of Triton's compiled kernels, the nine leading arguments of
-its launcher and ``driver.active.get_current_stream`` (run on Triton 3.8 and 3.9). Without one of them kernels
-are launched as Triton does it, which is slower, and a warning names it. Test: tests/test_upstream_names.py.
+its launcher (Triton 3.6 names five of them) and ``driver.active.get_current_stream``; run on Triton 3.6, 3.8
+and 3.9. Without one of them kernels are launched as Triton does it, which is slower, and a warning names it.
+Test: tests/test_upstream_names.py.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def _direct(compiled: Any, programs: int, device: int) -> Callable[..., None]:
     """What ``compiled[grid]`` does, less its lookups and hooks; itself, should Triton change it."""
     try:
         names = tuple(inspect.signature(compiled.run).parameters)[: len(_LAUNCHER)]
-        if names != _LAUNCHER:
+        starred = names == (*_LAUNCHER[:5], "args") and triton.__version__.startswith("3.6.")
+        if names != _LAUNCHER and not starred:
             raise AttributeError(f"its launcher takes {', '.join(names)}")
         stream_of = driver.active.get_current_stream
         no_hooks = (compiled.function, compiled.packed_metadata, None, None, None)

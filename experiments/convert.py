@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import asdict, fields, replace
@@ -89,6 +90,8 @@ def work(args: argparse.Namespace, runs: dict[str, Run]) -> int:
         if time.time() + args.expect > args.until:
             print("no time for", name, flush=True)
             continue
+        if not claimed(args.claims / name):
+            continue
         while run.teacher == "tuned" and not (args.work / "tuned.pt").exists():
             time.sleep(0.5)
         began = time.monotonic()
@@ -118,6 +121,15 @@ def work(args: argparse.Namespace, runs: dict[str, Run]) -> int:
         if "CUDA" in row.get("error", ""):
             return 3
     return 0
+
+
+def claimed(mark: Path) -> bool:
+    """Whether this process is the first to take a run."""
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def add_point(args: argparse.Namespace, name: str, point: dict[str, Any]) -> None:
@@ -160,6 +172,7 @@ def main() -> int:
     parser.add_argument("--compiled", type=int, default=1)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)  # of a worker
+    parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)  # of a worker
     args = parser.parse_args()
     runs = plan(args)
     if args.until:
@@ -171,16 +184,12 @@ def main() -> int:
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = seen.split(",") if seen else [str(index) for index in range(torch.cuda.device_count() or 1)]
     slots = len(gpus) * args.each
+    claims = tempfile.mkdtemp(prefix="claims-", dir=args.work)
     processes = []
     for slot in range(min(slots, len(waiting))):
         rest = sys.argv[1:]  # of an option given twice, the last holds
-        command = [
-            sys.executable,
-            __file__,
-            *rest,
-            f"--runs={','.join(waiting[slot::slots])}",
-            f"--until={until}",
-        ]
+        settled = (f"--runs={','.join(waiting)}", f"--until={until}", f"--claims={claims}")
+        command = [sys.executable, __file__, *rest, *settled]
         gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
         processes.append(subprocess.Popen(command, env=os.environ | gpu))
     while any(process.poll() is None for process in processes):

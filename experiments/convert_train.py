@@ -15,6 +15,7 @@ import contextlib
 import copy
 import gc
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -203,7 +204,8 @@ def measure(
     """Cross-entropy, accuracy, and agreement with a dense model's most likely tokens; those tokens too."""
     total = right = same = count = 0.0
     likely = []
-    with fully_ternary(model):
+    # not compiled: a second compilation for no gradient costs more than it saves
+    with fully_ternary(model), torch.compiler.set_stance("force_eager"):
         for index, (ids, labels) in enumerate(batches):
             with autocast():
                 z = model.lm_head(hidden_of(model, ids)).flatten(0, 1)
@@ -225,7 +227,7 @@ def figures(lab: Lab, model: Any, run: Run) -> dict[str, float]:
     if not dense_likely.exists():
         base = lab.model("base", torch.float32)
         likely = torch.cat(measure(base, lab.held_out[text])["likely"]).cpu()
-        part = dense_likely.with_suffix(f".{id(base)}")
+        part = dense_likely.with_suffix(f".{os.getpid()}")
         torch.save(likely, part)
         part.replace(dense_likely)
         del base

@@ -1,0 +1,107 @@
+"""The study of conversion: the curve against tokens as a plot, its tables as Markdown on standard output.
+
+python experiments/convert_plot.py
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import matplotlib
+from shared import RESULTS, read_csv
+from study_plot import save
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Rows = list[dict[str, str]]
+NAMES = {
+    "docs-dense": ("dense, fine-tuned", "#5f6368"),
+    "docs-ramp": ("ternary, ramp alone", "#e37400"),
+    "docs-best": ("ternary, the recipe with half cross-entropy", "#1a73e8"),
+}
+
+
+def grouped(rows: Rows) -> dict[str, Rows]:
+    """Rows of one recipe with different seeds, by its name."""
+    found: dict[str, Rows] = {}
+    for row in rows:
+        found.setdefault(row["run"].partition("@")[0], []).append(row)
+    return found
+
+
+def values(rows: Rows, column: str) -> list[float]:
+    return [float(row[column]) for row in rows if row[column]]
+
+
+def recipes_table(rows: Rows) -> str:
+    lines = ["| run | held out | seeds | accuracy | agreement |", "|---|---|---|---|---|"]
+    groups = sorted(grouped(rows).items(), key=lambda item: statistics.mean(values(item[1], "held_out")))
+    for name, members in groups:
+        losses = values(members, "held_out")
+        spread = f" ({min(losses):.3f} to {max(losses):.3f})" if losses[1:] else ""
+        shares = (f"{statistics.mean(values(members, key)):.1%}" for key in ("accuracy", "agreement"))
+        lines.append(
+            f"| {name} | {statistics.mean(losses):.3f}{spread} | {len(losses)} | {' | '.join(shares)} |"
+        )
+    return "\n".join(lines)
+
+
+def curve_of(points: Rows, run: str, column: str) -> tuple[list[float], list[float]]:
+    rows = [row for row in points if row["run"] == run and row[column]]
+    return [float(row["tokens"]) / 1e6 for row in rows], [float(row[column]) for row in rows]
+
+
+def plot_tokens(points: Rows) -> None:
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.8))
+    columns = {
+        "held_out": "held-out loss",
+        "written": "loss on what the dense model wrote",
+        "accuracy": "next-token accuracy, held out",
+        "agreement": "agreement with the dense model",
+    }
+    for axis, (column, label) in zip(axes, columns.items(), strict=True):
+        for run, (name, colour) in NAMES.items():
+            tokens, found = curve_of(points, run, column)
+            shown = [index for index, each in enumerate(tokens) if each > 0 or run == "docs-dense"]
+            axis.plot([tokens[i] for i in shown], [found[i] for i in shown], ".-", color=colour, label=name)
+        axis.set_xlabel("million tokens")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    save(figure, "convert-tokens.png")
+
+
+def tokens_table(points: Rows) -> str:
+    columns = ("held_out", "written", "accuracy", "agreement")
+    head = ["tokens, M", *(f"{run}: {column}" for column in columns for run in NAMES)]
+    cells: dict[float, dict[str, str]] = {}
+    for run in NAMES:
+        for column in columns:
+            for tokens, value in zip(*curve_of(points, run, column), strict=True):
+                shown = f"{value:.1%}" if column in columns[2:] else f"{value:.3f}"
+                cells.setdefault(round(tokens, 1), {})[f"{run}: {column}"] = shown
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines += [
+        "| " + " | ".join([f"{at:g}", *(row.get(each, "") for each in head[1:])]) + " |"
+        for at, row in sorted(cells.items())
+    ]
+    return "\n".join(lines)
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    rows = read_csv(RESULTS / name)
+    return [row for row in rows if not row.get("error")]
+
+
+def main() -> None:
+    recipes = read("convert.csv")
+    print(recipes_table(recipes))
+    points = read("convert_tokens_curve.csv")
+    plot_tokens(points)
+    print(tokens_table(points))
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,8 @@ from axolotl_bitnet.model.fingerprint import Fingerprint, fingerprint_model
 from axolotl_bitnet.plugin.artifacts import finish_run, made_in, refuse_taken, set_aside
 from axolotl_bitnet.run_folder import RUN_FILE
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json
-from axolotl_bitnet.storage.safetensors_stream import INDEX, SINGLE, SafetensorsWriter, weight_bytes
+from axolotl_bitnet.storage.safetensors_stream import INDEX, SINGLE, SafetensorsWriter
+from axolotl_bitnet.storage.weight_bytes import weight_bytes
 from axolotl_bitnet.verify.verify import VerificationError, verify_checkpoint
 
 

@@ -27,7 +27,8 @@ from axolotl_bitnet.formats.export import export
 from axolotl_bitnet.formats.registry import FOLDERS, FORMATS, output_dir_of
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.storage.progress import listening
-from axolotl_bitnet.storage.safetensors_stream import SafetensorsWriter, weight_bytes
+from axolotl_bitnet.storage.safetensors_stream import SafetensorsWriter
+from axolotl_bitnet.storage.weight_bytes import weight_bytes
 from axolotl_bitnet.verify.verify import verify_checkpoint
 from support.zoo import HAS_GGUF, MADE, copy_of, flip_code, make_run
 

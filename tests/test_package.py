@@ -14,6 +14,7 @@ from torch import nn
 
 import axolotl_bitnet
 from support import stored
+from support.reports import log, moved, names, record, write
 
 SOURCE = Path(axolotl_bitnet.__file__).parent
 
@@ -79,6 +80,15 @@ def test_commands_that_need_no_torch_do_not_import_it(arguments: list[str], tmp_
     """Importing torch takes seconds; without it a command starts in under half a second."""
     words = [word.replace("FOLDER", str(tmp_path)) for word in arguments]
     assert _heavy(f"from axolotl_bitnet.cli.main import main; main({words}, standalone_mode=False)") == []
+
+
+def test_a_report_of_a_run_without_artifacts_needs_no_torch(tmp_path: Path) -> None:
+    """Such as one that still trains. With artifacts, their formats, which import it, say how they are run."""
+    pytest.importorskip("matplotlib")
+    write(tmp_path, run=record(log()), monitor=moved(names(3)))
+    words = ["report", str(tmp_path)]
+    assert _heavy(f"from axolotl_bitnet.cli.main import main; main({words}, standalone_mode=False)") == []
+    assert (tmp_path / "report" / "index.html").exists()
 
 
 def test_no_help_and_no_mistyped_option_imports_torch() -> None:

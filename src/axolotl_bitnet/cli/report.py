@@ -19,7 +19,7 @@ def report(output_dir: Path) -> None:
     Example:
         axolotl-bitnet report outputs/sft
     """
-    from ..report import ReportError, write_report  # imports torch, which `--help` does not need
+    from ..report import ReportError, write_report  # which `--help` does not need
 
     try:
         click.echo(write_report(output_dir))

@@ -42,7 +42,7 @@ def _to_target(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _outcome(name: str, source: Path, target: Path) -> dict[str, Any]:
-    from ..storage.safetensors_stream import weight_bytes
+    from ..storage.weight_bytes import weight_bytes
 
     bytes, before = weight_bytes(target), weight_bytes(source)
     return {"format": name, "path": str(target), "bytes": bytes, "source_bytes": before}

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, cast
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, cast
 
 from ..model.names import first_few, natural_order
-from .folder_writer import absent_parameters, model_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 KEY = "unplaced"
 """Of the names in ``run.json``."""
@@ -35,6 +34,8 @@ def unplaced(config: Mapping[str, Any], stored: Collection[str]) -> list[str]:
         In the order of the layers. Empty where transformers does not know the architecture, and where it
         renames the tensors on loading.
     """
+    from .folder_writer import absent_parameters, model_of  # imports torch, which a note does not need
+
     model = model_of(dict(config)) or _model_by_type(config)
     if model is None or absent_parameters(model, stored):
         return []
@@ -61,11 +62,12 @@ def note_of(names: Any) -> str | None:
 
 def _model_by_type(config: Mapping[str, Any]) -> nn.Module | None:
     """The model that transformers builds of a config whose ``architectures`` names a third party's class."""
+    import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     try:
         described = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
         with torch.device("meta"):
-            return cast(nn.Module, AutoModelForCausalLM.from_config(described, trust_remote_code=False))
+            return cast("nn.Module", AutoModelForCausalLM.from_config(described, trust_remote_code=False))
     except Exception:  # an unknown type, or a config that is not whole
         return None

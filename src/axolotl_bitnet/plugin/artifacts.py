@@ -17,7 +17,8 @@ from ..model.entry import CONFIG_KEY
 from ..model.fingerprint import Fingerprint
 from ..run_folder import ASIDE, MADE_HERE, PAGE, REPORT, RUN_FILE
 from ..storage.atomic import CheckpointError, read_json, write_json
-from ..storage.safetensors_stream import INDEX, weight_bytes
+from ..storage.safetensors_stream import INDEX
+from ..storage.weight_bytes import weight_bytes
 from ..verify.engines import consumer_of
 from ..verify.verify import VerificationError, VerificationReport, compare
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..formats.registry import FORMATS
 from ..model.fingerprint import Fingerprint
 from ..run_folder import RUN_FILE
-from ..storage.safetensors_stream import weight_bytes
+from ..storage.weight_bytes import weight_bytes
 from ..verify.engines import consumer_of
 from .args import BitNetConfig
 from .artifacts import finish_run, made_in

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..formats.registry import FORMATS
 from ..formats.unplaced import KEY, note_of
-from ..storage.safetensors_stream import weight_bytes
+from ..storage.weight_bytes import weight_bytes
 from .draw import show
 from .run_files import Run, number
 

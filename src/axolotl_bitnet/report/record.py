@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-
 HIDDEN = "(hidden)"
 
 _PACKAGES = (
@@ -72,6 +70,8 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
+    import torch  # the page reads records without it
+
     if torch.cuda.is_available() and torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
@@ -79,6 +79,8 @@ def versions() -> dict[str, str]:
 
 def machine(processes: int) -> str:
     """What it runs on, in words."""
+    import torch
+
     if not torch.cuda.is_available():
         device = f"CPU ({platform.machine()})"
     else:

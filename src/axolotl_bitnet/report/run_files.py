@@ -11,7 +11,6 @@ from typing import Any
 from ..run_folder import CHECKPOINT, MONITOR_FILE, RUN_FILE, RUN_LOG, STATE
 from ..storage.atomic import CheckpointError, read_json
 from ..storage.trainer_checkpoint import checkpoints
-from ..ternary import EPSILON
 from .record import redact
 
 
@@ -37,7 +36,11 @@ class TrainedLayer:
     @property
     def was_zero(self) -> bool:
         """Whether all its latents were zero at the start: it shows nothing about the others."""
-        return self.zeros == 1 and (self.scale_start is None or self.scale_start <= EPSILON)
+        if self.zeros != 1:
+            return False
+        from ..ternary import EPSILON  # imports torch, which few pages need
+
+        return self.scale_start is None or self.scale_start <= EPSILON
 
     @property
     def drift(self) -> float | None:

@@ -297,11 +297,5 @@ def _open(path: Path) -> Iterator[Any]:
         yield file
 
 
-def weight_bytes(path: str | Path) -> int:
-    """Size in bytes of a folder's safetensors files, or of a file."""
-    path = Path(path)
-    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
-
-
 _flush: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 """macOS and Windows have the second only."""

@@ -17,7 +17,6 @@ from typing import Any
 
 from ..run_folder import CHECKPOINT, STATE
 from .atomic import CheckpointError, read_json
-from .safetensors_stream import INDEX, SINGLE, CheckpointReader
 
 _FOLDER = re.compile(rf"{CHECKPOINT}(\d+)")
 _SHARDED = {"pytorch_model_fsdp_0": "weights", "optimizer_0": "optimizer"}
@@ -65,6 +64,8 @@ def trainer_state(folder: str | Path) -> dict[str, Any]:
 
 def forget(folder: str | Path) -> None:
     """Remove the files that mark a checkpoint as whole, before another is written over it."""
+    from .safetensors_stream import INDEX  # imports torch, which listing checkpoints does not need
+
     folder = Path(folder)
     for name in (STATE, INDEX, *(f"{part}/{_METADATA}" for part in _SHARDED)):
         (folder / name).unlink(missing_ok=True)
@@ -84,6 +85,8 @@ def _state(folder: Path) -> Iterator[str]:
 
 
 def _weights(folder: Path) -> Iterator[str]:
+    from .safetensors_stream import INDEX, SINGLE, CheckpointReader
+
     sharded, full = folder / "pytorch_model_fsdp_0", folder / _FULL_MODEL
     if sharded.exists():
         yield from _distributed(sharded)

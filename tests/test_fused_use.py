@@ -305,6 +305,7 @@ def test_a_compiled_mlp_without_gradients(pair) -> None:
     for grad in (torch.no_grad, torch.inference_mode):
         with grad():
             assert torch.equal(compiled(x), fused(x))
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from torch.utils.weak import TensorWeakRef
 
 from axolotl_bitnet import ops, ternary
 from axolotl_bitnet.layers.fused_llama import RMSNorm, SwiGLU, fuse_layers
-from axolotl_bitnet.layers.shared import shared_activation_codes
+from axolotl_bitnet.layers.shared_input import shared_activation_codes
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from support.layers import Pair, close, gradients, kinds, mlps, norms, pair_of, run_module, saving
 

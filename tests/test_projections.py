@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.layers.projections import project_together
-from axolotl_bitnet.layers.shared import leave_outputs, take_output
+from axolotl_bitnet.layers.shared_input import attach_outputs, take_output
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from support.layers import close
 
@@ -146,12 +146,12 @@ def test_under_autocast() -> None:
 def test_outputs_are_for_the_tensor_as_it_was() -> None:
     layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
     x, y = torch.randn(3, 2), torch.randn(3, 2)
-    leave_outputs(x, [layer], [y])
+    attach_outputs(x, [layer], [y])
     assert take_output(x, other) is None and take_output(x.clone(), layer) is None
     assert take_output(copy.deepcopy(x), layer) is None
     assert take_output(pickle.loads(pickle.dumps(x)), layer) is None
     assert take_output(x, layer) is y and take_output(x, layer) is None  # once
-    leave_outputs(x, [layer], [y])
+    attach_outputs(x, [layer], [y])
     x.add_(1)
     assert take_output(x, layer) is None
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef
 
 from axolotl_bitnet import ops, ternary
-from axolotl_bitnet.layers.shared import share_activation_codes, shared_activation_codes
+from axolotl_bitnet.layers.shared_input import share_activation_codes, shared_activation_codes
 from support.layers import Attention, layer_for
 
 

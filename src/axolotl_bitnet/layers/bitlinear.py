@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from .gathered_weight import GatheredWeight
-from .shared import shared_activation_codes, take_output
+from .shared_input import shared_activation_codes, take_output
 from .stretch import unstretched
 from .weight_codes import dequantized_weight, ternarize, transposed_codes
 

@@ -30,7 +30,7 @@ from .bitlinear import (
     weight_gradient,
 )
 from .projections import has_projections, project_together
-from .shared import share_activation_codes, shared_activation_codes
+from .shared_input import share_activation_codes, shared_activation_codes
 from .weight_codes import ternarize
 
 LOG = logging.getLogger("axolotl.bitnet")

@@ -1,8 +1,8 @@
 """Query, key and value projections as one autograd function.
 
 A short step waits for Python, not for the GPU, and three layers that read one tensor cost three times the
-calls. Before an attention module runs, its three products are computed together and left on the tensor that
-it reads, where :class:`~axolotl_bitnet.layers.bitlinear.BitLinear` finds its own. The outputs and the
+calls. Before an attention module runs, its three products are computed together and attached to the tensor
+that it reads, where :class:`~axolotl_bitnet.layers.bitlinear.BitLinear` finds its own. The outputs and the
 gradients of weights and biases are those of the separate layers, bit for bit; the gradient of x is summed in
 the products, with one rounding less for each.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .bitlinear import BitLinear, bitlinears, is_bare
-from .shared import leave_outputs
+from .shared_input import attach_outputs
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -36,4 +36,4 @@ def project_together(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     if not all(map(is_bare, layers)):
         return
     outputs = bitlinears(x, [(layer.weight, layer.bias, layer.int8_grad) for layer in layers])
-    leave_outputs(x, layers, outputs)
+    attach_outputs(x, layers, outputs)

@@ -39,8 +39,8 @@ TOKENS = 32
 
 @torch.no_grad()
 def answers(folder: Path, tokenizer: Any, device: str) -> list[list[int]]:
-    """Greedy tokens after each prompt, of a folder opened by transformers alone."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device).eval()
+    """Greedy tokens after each prompt in float32, of a folder opened by transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=device).eval()
     found = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").to(device)

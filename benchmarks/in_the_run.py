@@ -58,7 +58,7 @@ KINDS: dict[str, dict[str, Any]] = {  # what each adds to the recipe
     "ternary": {},
     "ternary liger": LIGER,
     "ternary compiled": COMPILED,
-    "ternary 8-bit": {"bitnet": {"int8_grad": True}},
+    "ternary 8-bit dX": {"bitnet": {"backward": "int8_dx"}},
 }
 COLUMNS = (
     "shape", "gpus", "sequence", "rows", "kind", "ms_step", "tokens_per_second", "peak_gib", "loss",

@@ -16,11 +16,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from common import PEERS, RESULTS, free, machine, make_ternary, median_ms, read_csv, write_csv
 
+from axolotl_bitnet.layers.bitlinear import Backward
 from axolotl_bitnet.layers.weight_codes import weights_unchanged as weights_unchanged
 
 SHAPES = {"1B": (9216, 24), "3B": (13312, 32)}  # intermediate size, layers; hidden 2048, heads 16 / 2 of 128
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--latents", nargs="+", choices=LATENTS, default=list(LATENTS))
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--int8-grad", action="store_true", help="ours with 8-bit input gradients")
+    parser.add_argument("--backward", choices=get_args(Backward), default="bf16", help="of ours")
     parser.add_argument("--append", action="store_true", help="add to the CSV instead of replacing it")
     parser.add_argument("--out", type=Path, default=RESULTS / "train_step.csv")
     args = parser.parse_args()
@@ -129,8 +130,8 @@ def main() -> None:
     for row, help, latents, peer in itertools.product(args.rows, args.helps, args.latents, args.peers):
         if latents == "float32" and peer not in PEERS[:2]:
             continue  # the others' training is bfloat16
-        settings = {"int8_grad": True} if args.int8_grad and peer == "axolotl-bitnet" else {}
-        name = ", ".join((peer, *settings))
+        settings = {"backward": args.backward} if args.backward != "bf16" and peer == "axolotl-bitnet" else {}
+        name = ", ".join((peer, *settings.values()))
         try:
             ms, gib = measure(row, peer, help, getattr(torch, latents), args.repeats, **settings)
         except Exception as error:  # a peer that cannot is a result too

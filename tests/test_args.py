@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ def test_a_block_without_the_flag_would_train_dense(flag: dict[str, Any]) -> Non
         {"skip_modules": "lm_head"},
         {"ramp_steps": -1},
         {"ramp_steps": 0.5},
+        {"backward": "int4"},
     ],
 )
 def test_wrong_values_are_refused(block: dict[str, Any]) -> None:
@@ -126,7 +128,7 @@ def test_defaults() -> None:
         "latent_dtype": "float32",
         "skip_modules": [],
         "fuse": True,
-        "int8_grad": False,
+        "backward": "bf16",
         "gather": "auto",
         "ramp_steps": 0,
         "teacher": None,
@@ -137,6 +139,21 @@ def test_defaults() -> None:
         "export": ["packed"],
         "verify": True,
     }
+
+
+@pytest.mark.parametrize("old, new", [(True, "int8_dx"), (False, "bf16")])
+def test_int8_grad_is_the_former_name_of_backward(
+    old: bool, new: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "axolotl.bitnet"):
+        block = BitNetArgs(use_onebitllms=True, bitnet={"int8_grad": old, "fuse": False}).bitnet
+    assert block is not None and block.backward == new and not block.fuse
+    assert "int8_grad" not in block.model_dump()
+    assert f"bitnet.backward: {new}" in caplog.text
+    with pytest.raises(ValidationError, match="remove `int8_grad`"):
+        BitNetConfig(**{"int8_grad": old, "backward": new})
+    with pytest.raises(ValidationError, match="int8_grad` is true or false, not 'yes'"):
+        BitNetConfig(**{"int8_grad": "yes"})
 
 
 @pytest.mark.parametrize("block", [{"latent_dtype": "bfloat16"}, {"learning_rate_scope": "ternary"}])

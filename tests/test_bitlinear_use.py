@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from axolotl_bitnet.layers.bitlinear import BitLinear, bitlinear
+from axolotl_bitnet.layers.bitlinear import Backward, BitLinear, bitlinear
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from support.layers import Attention, layer_for, saving
 
@@ -121,12 +121,12 @@ def test_training_lowers_the_loss(tiny_model) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("int8_grad", [False, True])
-def test_what_is_saved_for_backward(autocast: bool, weight_dtype: torch.dtype, int8_grad: bool) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "int8_dx"])
+def test_what_is_saved_for_backward(autocast: bool, weight_dtype: torch.dtype, precision: Backward) -> None:
     """Codes of x, their scales and the weight itself: no second copy of the weight."""
     x = torch.randn(6, 7, 32)
     layer = layer_for(x, 20, bias=True, dtype=weight_dtype)
-    layer.int8_grad = int8_grad
+    layer.backward = precision
     leaf = x.clone().requires_grad_()
     with saving() as saved, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         y = layer(leaf)

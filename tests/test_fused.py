@@ -202,12 +202,12 @@ def test_gradients_are_no_worse_than_the_unfused_ones(
 
 
 def test_int8_gradients_are_the_unfused_ones(tiny_model) -> None:
-    plain, fused = (m.model.layers[0].mlp for m in pair_of(tiny_model("Llama"), int8_grad=True))
+    plain, fused = (m.model.layers[0].mlp for m in pair_of(tiny_model("Llama"), backward="int8_dx"))
     x, dy = torch.randn(9, 64), torch.randn(9, 64)
     found, expected = run_module(fused, x, dy), run_module(plain, x, dy)
     close(found, expected, 1e-2)  # dgate and dup may be a code apart
     assert torch.equal(found[-1], expected[-1])
-    fused.down_proj.int8_grad = False
+    fused.down_proj.backward = "bf16"
     assert not torch.equal(run_module(fused, x, dy)[1], found[1])
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import silu
 
 from axolotl_bitnet import ops, ternary
-from axolotl_bitnet.layers.bitlinear import bitlinear
+from axolotl_bitnet.layers.bitlinear import Backward, bitlinear
 
 EPS = 1e-6
 OPERATIONS = [
@@ -309,8 +309,8 @@ def test_tensor_subclasses_go_through_the_dispatcher() -> None:
     assert counts.get("axolotl_bitnet::ternarize") == 1 and codes.shape == (4, 8)
 
 
-@pytest.mark.parametrize("int8_grad", [False, True])
-def test_compiled_operations_are_whole(int8_grad: bool) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "int8_dx"])
+def test_compiled_operations_are_whole(precision: Backward) -> None:
     """Opaque calls under torch.compile, no graph break; a compiler that saw inside would fuse them."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
@@ -323,15 +323,19 @@ def test_compiled_operations_are_whole(int8_grad: bool) -> None:
 
     x, weight = torch.randn(5, 12, requires_grad=True), torch.randn(8, 12, requires_grad=True)
     layer = torch.compile(bitlinear, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
-    y = layer(x, weight, None, int8_grad)
+    y = layer(x, weight, None, precision)
     dy = torch.randn_like(y)
     found = [y, *torch.autograd.grad(y, [x, weight], dy)]
-    expected = bitlinear(x, weight, None, int8_grad)
+    expected = bitlinear(x, weight, None, precision)
     for one, other in zip(found, [expected, *torch.autograd.grad(expected, [x, weight], dy)], strict=True):
         assert torch.equal(one, other)
 
     forward, backward = ([name for name in called if "axolotl_bitnet" in name] for called in graphs)
-    of_x = ["quantize_activations", "transposed_codes", "matmul"] if int8_grad else ["dequantized_weight"]
+    of_x = (
+        ["quantize_activations", "transposed_codes", "matmul"]
+        if precision == "int8_dx"
+        else ["dequantized_weight"]
+    )
     assert operations(forward) == ["matmul", "quantize_activations", "ternarize"]
     assert operations(backward) == sorted(["dequantize_activations", *of_x])
     inside = [name for called in graphs for name in called]

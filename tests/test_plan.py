@@ -154,6 +154,7 @@ def test_what_passes_at_first_sight_passes_the_schema() -> None:
         "ternary",
         "float32",
         "bfloat16",
+        "bf16",
         "x",
     ]
     values += ["auto", "native", [], ["packed"], ["x"], [1], {}]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.layers.bitlinear import Backward, BitLinear
 from axolotl_bitnet.layers.projections import project_together
 from axolotl_bitnet.layers.shared_input import attach_outputs, take_output
 from axolotl_bitnet.model.convert import convert_to_bitlinear
@@ -53,17 +53,19 @@ def run(attention: Attention, x: Tensor, dys: list[Tensor]) -> tuple[list[Tensor
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("int8_grad", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "int8_dx"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(21,), (5, 21), (2, 3, 21), (0, 21)], ids=str)
-def test_the_separate_layers(shape: tuple[int, ...], dtype: torch.dtype, int8_grad: bool, bias: bool) -> None:
+def test_the_separate_layers(
+    shape: tuple[int, ...], dtype: torch.dtype, precision: Backward, bias: bool
+) -> None:
     attentions = both(bias=bias, dtype=dtype)
     x = torch.randn(shape, dtype=dtype)
     dys = [torch.randn(*shape[:-1], rows, dtype=dtype) for rows in (33, 17, 5)]
     results = []
     for attention in attentions:
         for name in NAMES:
-            getattr(attention, name).int8_grad = int8_grad
+            getattr(attention, name).backward = precision
         results.append(run(attention, x, dys))
     (expected, dx), (found, found_dx) = results
     assert all(torch.equal(*each) for each in zip(expected, found, strict=True))

@@ -25,7 +25,8 @@ from transformers import AutoTokenizer, Trainer, TrainerCallback
 
 from axolotl_bitnet.formats.export import pack_checkpoint
 from axolotl_bitnet.plugin import plugin as plugin_module
-from axolotl_bitnet.plugin.resume import ResumeError, recorded, settle
+from axolotl_bitnet.plugin.args import BitNetConfig
+from axolotl_bitnet.plugin.resume import ResumeError, recorded, refuse_other_run, settle
 from axolotl_bitnet.run_folder import STATE
 from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.storage.safetensors_stream import INDEX
@@ -366,7 +367,7 @@ def test_killed_at_every_change_of_a_checkpoints_save(
         ({"learning_rate_multiplier": 6}, r"learning_rate_multiplier was 3\.0 and is now 6\.0 \(the rates"),
         ({"latent_dtype": "bfloat16"}, "latent_dtype was 'float32' and is now 'bfloat16'"),
         ({"learning_rate_scope": "ternary"}, "learning_rate_scope was 'all' and is now 'ternary'"),
-        ({"int8_grad": True}, "int8_grad was False and is now True"),
+        ({"backward": "int8_dx"}, "backward was 'bf16' and is now 'int8_dx'"),
         (
             {"skip_modules": ["model.layers.0.mlp"]},
             r"dense now: model\.layers\.0\.mlp\.down_proj, .*\. Set skip_modules back",
@@ -387,6 +388,16 @@ def test_changed_settings_are_refused_by_name(
     with pytest.raises(ResumeError, match=message) as caught:
         train(keys)
     assert str(checkpoint) in str(caught.value)
+
+
+def test_a_checkpoint_that_recorded_int8_grad(tmp_path: Path) -> None:
+    """As version 0.2.0 wrote it."""
+    settings = {"bitnet": {"int8_grad": True, "latent_dtype": "float32"}}
+    state = {"stateful_callbacks": {"TernaryRun": {"args": {"settings": settings}, "attributes": {}}}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    refuse_other_run(tmp_path, BitNetConfig(backward="int8_dx"))
+    with pytest.raises(ResumeError, match="backward was 'int8_dx' and is now 'bf16'"):
+        refuse_other_run(tmp_path, BitNetConfig())
 
 
 @pytest.mark.slow

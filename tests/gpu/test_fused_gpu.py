@@ -60,7 +60,7 @@ def test_gradients_are_no_worse_than_plain_torch(
 @by_dtype
 def test_int8_gradient_is_the_definition(dtype: torch.dtype) -> None:
     layer = BitLinear(2048, 640, bias=False, device="cuda")
-    layer.int8_grad = True
+    layer.backward = "int8_dx"
     x = torch.randn(300, 2048, device="cuda").to(dtype)
     dy = (torch.randn(300, 640, device="cuda") * 1e-8).to(dtype)
     _, dx, _ = run_module(layer, x, dy)

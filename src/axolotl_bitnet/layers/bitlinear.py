@@ -13,8 +13,8 @@ No gradient flows through the scales and nothing is masked. Backward needs the c
 element), its scales, the weight Parameter itself and its absmean; a copy of the weight would pin every
 unsharded matrix under FSDP, so the codes are made again.
 
-``int8_grad`` computes dX on the int8 tensor cores too: dY is quantized as activations are, a scale per token,
-and the weight is exact in int8 as it is.
+``backward: int8_dx`` computes dX on the int8 tensor cores too: dY is quantized as activations are, a scale
+per token, and the weight is exact in int8 as it is.
 
 On the way from a dense model (``ramp``, lambda < 1) both operands lie between what they were and their codes,
 ``(1 - lambda) W + lambda codes / s``, and the products are dense ones; the gradients go straight through, to
@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ from .weight_codes import dequantized_weight, ternarize, transposed_codes
 # Private to torch; without it global hooks on all modules cannot be detected.
 has_any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", None)
 
+Backward = Literal["bf16", "int8_dx"]
+"""Which products of the backward are 8-bit: none (dY's own dtype, bf16 as a rule), or that of dX."""
+
 _GRADIENT_FLOOR = 1e-30  # of a mean over many tokens, gradients lie far below the floor of activations
 
 
@@ -51,8 +54,8 @@ class BitLinear(nn.Linear):
     dtype under autocast. ``weight`` holds the latents (out_features, in_features), float32 or bfloat16.
     """
 
-    int8_grad: bool = False
-    """Whether the gradient of x is computed from 8-bit dY; set on an instance by the conversion."""
+    backward: Backward = "bf16"
+    """Precision of the backward's products; set on an instance by the conversion."""
 
     ramp: Tensor | None = None
     """lambda < 1, float32 (), written to in place; set by :func:`axolotl_bitnet.training.ramp.set_ramp`."""
@@ -66,27 +69,27 @@ class BitLinear(nn.Linear):
             return ramped_linear(input, self.weight, self.bias, self.ramp, self.stretch)
         if (output := take_output(input, self)) is not None:
             return output
-        return bitlinear(input, self.weight, self.bias, self.int8_grad)
+        return bitlinear(input, self.weight, self.bias, self.backward)
 
 
-def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, int8_grad: bool = False) -> Tensor:
+def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backward: Backward = "bf16") -> Tensor:
     """Functional form of :class:`BitLinear`.
 
     Args:
         x: (..., in_features), floating point, any rank >= 1.
         weight: latents (out_features, in_features).
         bias: (out_features,) or None.
-        int8_grad: compute the gradient of x from 8-bit dY.
+        backward: precision of the backward's products.
 
     Returns:
         (..., out_features) in x's dtype (the autocast dtype under autocast).
     """
-    (y,) = bitlinears(x, [(weight, bias, int8_grad)])
+    (y,) = bitlinears(x, [(weight, bias, backward)])
     return y
 
 
-def bitlinears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, bool]]) -> tuple[Tensor, ...]:
-    """:func:`bitlinear` of one x with several weights, biases and ``int8_grad``, as one autograd function.
+def bitlinears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Backward]]) -> tuple[Tensor, ...]:
+    """:func:`bitlinear` of one x with several weights, biases and ``backward``, as one autograd function.
 
     The gradient of x is summed in the products, with a rounding less for each than by separate layers.
     """
@@ -102,7 +105,7 @@ class _BitLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, codes_x: Tensor, r: Tensor, dtype: torch.dtype, *parameters: Any
     ) -> tuple[Tensor, ...]:
         # Three per layer: with two, a compiler without gradients takes ctx for superfluous, by their number.
-        weights, biases, ctx.int8_grads = parameters[::3], parameters[1::3], parameters[2::3]
+        weights, biases, ctx.precisions = parameters[::3], parameters[1::3], parameters[2::3]
         coded = [ternarize(weight) for weight in weights]
         ctx.save_for_backward(codes_x, r, *weights)
         ctx.means = [g for _, _, g in coded]  # one number each: not worth a saved-tensor hook
@@ -120,14 +123,14 @@ class _BitLinear(torch.autograd.Function):
         needs_x, _, _, _, *needs = ctx.needs_input_grad
         dx = x = None
         gradients: list[Tensor | None] = []
-        for dy, weight, g, int8_grad, needs_weight, needs_bias in zip(
-            dys, weights, ctx.means, ctx.int8_grads, needs[::3], needs[1::3], strict=True
+        for dy, weight, g, precision, needs_weight, needs_bias in zip(
+            dys, weights, ctx.means, ctx.precisions, needs[::3], needs[1::3], strict=True
         ):
             dw = db = None
             if dy is not None:
                 with no_autocast(dy):
                     if needs_x:
-                        dx = input_gradient(dy, weight, g, int8_grad, onto=dx)
+                        dx = input_gradient(dy, weight, g, precision, onto=dx)
                     if needs_weight:
                         x = ops.dequantize_activations(codes_x, r, dy.dtype) if x is None else x
                         dw = weight_gradient(dy, x, weight.dtype)
@@ -226,11 +229,11 @@ def _autocast_device(x: Tensor) -> str:
 
 
 def input_gradient(
-    dy: Tensor, weight: Tensor, g: Tensor, int8_grad: bool, onto: Tensor | None = None
+    dy: Tensor, weight: Tensor, g: Tensor, backward: Backward, onto: Tensor | None = None
 ) -> Tensor:
     """``dY . (codes_w / s)``, (..., in_features) in dY's dtype; added to ``onto``, in place, if there is
     one."""
-    if int8_grad:
+    if backward != "bf16":
         codes, r = ops.quantize_activations(dy, dy.dtype, _GRADIENT_FLOOR)
         dx = ops.matmul(codes, r, *transposed_codes(weight, g), None, dy.dtype)
         return dx if onto is None else onto.add_(dx)

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from .bitlinear import (
+    Backward,
     BitLinear,
     compute_dtype,
     has_any_global_hook,
@@ -82,7 +83,7 @@ class SwiGLU(nn.Module):
         if not all(map(is_bare, parts)):
             return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
         gate, up, down = (part.weight for part in parts)
-        return swiglu(x, gate, up, down, self.down_proj.int8_grad)
+        return swiglu(x, gate, up, down, self.down_proj.backward)
 
 
 class RMSNorm(nn.Module):
@@ -105,12 +106,12 @@ class RMSNorm(nn.Module):
         return y
 
 
-def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, int8_grad: bool = False) -> Tensor:
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, backward: Backward = "bf16") -> Tensor:
     """Functional form of :class:`SwiGLU`: x (..., hidden) and three latent weights, (..., hidden)."""
     dtype = compute_dtype(x)
     with no_autocast(x):
         codes, r = shared_activation_codes(x, dtype)
-        edge, codes_h, r_h, codes_down, s = _SwiGLU.apply(x, codes, r, gate, up, down, dtype, int8_grad)
+        edge, codes_h, r_h, codes_down, s = _SwiGLU.apply(x, codes, r, gate, up, down, dtype, backward)
         return _Down.apply(edge, codes_h, r_h, codes_down, s)
 
 
@@ -131,7 +132,7 @@ class _SwiGLU(torch.autograd.Function):
         w_up: Tensor,
         w_down: Tensor,
         dtype: torch.dtype,
-        int8_grad: bool,
+        precision: Backward,
     ) -> tuple[Tensor, ...]:
         codes, s, g_gate = ternarize(w_gate)
         gate = ops.matmul(codes_x, r, codes, s, None, dtype)
@@ -141,7 +142,7 @@ class _SwiGLU(torch.autograd.Function):
         codes, s, g_down = ternarize(w_down)
         ctx.save_for_backward(codes_x, r, gate, up, r_h, w_gate, w_up, w_down)
         ctx.means = g_gate, g_up, g_down
-        ctx.x_dtype, ctx.int8_grad = x.dtype, int8_grad
+        ctx.x_dtype, ctx.precision = x.dtype, precision
         ctx.mark_non_differentiable(codes_h, r_h, codes, s)
         ctx.set_materialize_grads(False)
         edge = gate.new_empty(()).expand(*x.shape[:-1], w_down.shape[0])  # the result's shape, no memory
@@ -156,7 +157,7 @@ class _SwiGLU(torch.autograd.Function):
         dx = dw_gate = dw_up = dw_down = None
         with no_autocast(dy):
             dy = dy.contiguous()
-            dh = input_gradient(dy, w_down, g_down, ctx.int8_grad)
+            dh = input_gradient(dy, w_down, g_down, ctx.precision)
             dgate, dup, h = ops.swiglu_backward(dh, gate, up, r_h)
             del dh
             if needs_down:
@@ -167,8 +168,8 @@ class _SwiGLU(torch.autograd.Function):
                 dw_gate = weight_gradient(dgate, x, w_gate.dtype) if needs_gate else None
                 dw_up = weight_gradient(dup, x, w_up.dtype) if needs_up else None
             if needs_x:
-                dx = input_gradient(dgate, w_gate, g_gate, ctx.int8_grad)
-                dx = input_gradient(dup, w_up, g_up, ctx.int8_grad, onto=dx).to(ctx.x_dtype)
+                dx = input_gradient(dgate, w_gate, g_gate, ctx.precision)
+                dx = input_gradient(dup, w_up, g_up, ctx.precision, onto=dx).to(ctx.x_dtype)
         return dx, None, None, dw_gate, dw_up, dw_down, None, None
 
 

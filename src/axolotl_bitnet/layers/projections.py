@@ -35,5 +35,5 @@ def project_together(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     layers = [getattr(attention, name) for name in _PROJECTIONS]
     if not all(map(is_bare, layers)):
         return
-    outputs = bitlinears(x, [(layer.weight, layer.bias, layer.int8_grad) for layer in layers])
+    outputs = bitlinears(x, [(layer.weight, layer.bias, layer.backward) for layer in layers])
     attach_outputs(x, layers, outputs)

@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from types import MethodType
+from typing import get_args
 
 from torch import nn
 
-from ..layers.bitlinear import BitLinear
+from ..layers.bitlinear import Backward, BitLinear
 from ..layers.fused_llama import fuse_layers
 from .entry import CONFIG_KEY
 from .layer_plan import _is_auto_bitlinear, _saved_as, plan_conversion
 
 
 def convert_to_bitlinear(
-    model: nn.Module, skip_modules: Iterable[str] = (), fuse: bool = True, int8_grad: bool = False
+    model: nn.Module, skip_modules: Iterable[str] = (), fuse: bool = True, backward: Backward = "bf16"
 ) -> list[str]:
     """Make a model ternary, in place.
 
@@ -32,20 +33,23 @@ def convert_to_bitlinear(
             a glob (``*.layers.0.*``).
         fuse: fuse Llama-shaped MLPs and norms with the quantization behind them
             (:func:`axolotl_bitnet.layers.fused_llama.fuse_layers`): the same codes, less traffic and memory.
-        int8_grad: compute the gradients of the layers' inputs on int8 tensor cores.
+        backward: ``bf16``, or ``int8_dx`` for the gradients of the layers' inputs on int8 tensor cores.
 
     Returns:
         The names of the BitLinear layers.
 
     Raises:
         ConversionError: a layer cannot be packed or would bypass its module, or a pattern matches nothing.
+        ValueError: no such ``backward``.
     """
+    if backward not in get_args(Backward):
+        raise ValueError(f"backward is one of {', '.join(get_args(Backward))}, not {backward!r}")
     plan = plan_conversion(model, skip_modules)
     saved_as = _saved_as(model, plan.converted)
     if any(_is_auto_bitlinear(model.get_submodule(name)) for name in plan.converted):
         _forget_quantizer(model)
     for name in plan.converted:
-        _swap(model.get_submodule(name), int8_grad)
+        _swap(model.get_submodule(name), backward)
     if fuse:
         fuse_layers(model)
     config = getattr(model, "config", None)
@@ -68,13 +72,13 @@ def _forget_quantizer(model: nn.Module) -> None:
     model.is_quantized = False  # type: ignore[assignment]
 
 
-def _swap(module: nn.Module, int8_grad: bool) -> None:
+def _swap(module: nn.Module, backward: Backward) -> None:
     if _is_auto_bitlinear(module):
         for leftover in ("online_quant", "rms_norm"):
             if hasattr(module, leftover):
                 delattr(module, leftover)
     module.__class__ = BitLinear
-    if int8_grad:
-        module.int8_grad = True  # type: ignore[assignment]
+    if backward != BitLinear.backward:
+        module.backward = backward  # type: ignore[assignment]
     if "_old_forward" in vars(module):  # accelerate's hooks (device_map) keep the forward that they wrap
         module._old_forward = MethodType(BitLinear.forward, module)  # type: ignore[assignment]

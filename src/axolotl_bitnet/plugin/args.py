@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..formats.registry import FORMATS
+from ..training.log import warn
 from .refusals import fsdp_refusals, refusals
 from .upstream.falcon_fsdp import let_llama_falcons_shard as _let_llama_falcons_shard
 
@@ -56,10 +57,10 @@ class BitNetConfig(BaseModel):
             "description": "Fuse Llama-shaped MLPs and norms with the quantization behind them: same codes."
         },
     )
-    int8_grad: bool = Field(
-        default=False,
+    backward: Literal["bf16", "int8_dx"] = Field(
+        default="bf16",
         json_schema_extra={
-            "description": "Compute the gradients of the layers' inputs on int8 tensor cores, from 8-bit dY."
+            "description": "Precision of the backward's products: bf16, or int8_dx for the inputs' gradients."
         },
     )
     gather: Literal["auto", "ternary", "native"] = Field(
@@ -116,6 +117,31 @@ class BitNetConfig(BaseModel):
             "description": "Compare every artifact with the fingerprint of the trained model."
         },
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def accept_int8_grad(cls, data: Any) -> Any:
+        """The former name of ``backward: int8_dx`` is accepted, with a warning, until version 0.4."""
+        if not isinstance(data, Mapping) or "int8_grad" not in data:
+            return data
+        if "backward" in data:
+            raise ValueError("`bitnet.backward` replaces `bitnet.int8_grad`: remove `int8_grad`")
+        if not isinstance(data["int8_grad"], bool):
+            raise ValueError(f"`bitnet.int8_grad` is true or false, not {data['int8_grad']!r}")
+        renamed = with_backward(data)
+        warn(
+            f"`bitnet.int8_grad: {str(data['int8_grad']).lower()}` is now `bitnet.backward: "
+            f"{renamed['backward']}`; the old key goes with version 0.4"
+        )
+        return renamed
+
+
+def with_backward(block: Mapping[str, Any]) -> dict[str, Any]:
+    """A `bitnet:` block of a config or a checkpoint, with ``backward`` in place of ``int8_grad``."""
+    renamed = dict(block)
+    if "int8_grad" in renamed:
+        renamed["backward"] = "int8_dx" if renamed.pop("int8_grad") else "bf16"
+    return renamed
 
 
 class BitNetArgs(BaseModel):

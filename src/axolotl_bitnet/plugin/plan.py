@@ -40,9 +40,10 @@ _PLAIN: dict[str, Callable[[Any], bool]] = {
     "learning_rate_scope": _one_of("all", "ternary"),
     "latent_dtype": _one_of("float32", "bfloat16"),
     "skip_modules": _words,
+    "backward": _one_of("bf16", "int8_dx"),
     "gather": _one_of("auto", "ternary", "native"),
     "export": lambda value: _words(value) and set(value) <= FORMATS.keys(),
-    **dict.fromkeys(("fuse", "int8_grad", "monitor", "verify"), lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("fuse", "monitor", "verify"), lambda value: isinstance(value, bool)),
 }
 """Values of the `bitnet:` block that are plainly right; pydantic checks all others."""
 

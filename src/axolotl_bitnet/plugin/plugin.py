@@ -120,7 +120,7 @@ class BitNetPlugin(BasePlugin):
         config: Any = model.config
         was_dense = not cfg.reinit_weights and recognize(config.to_dict()).kind not in _TERNARY
         options = _options(cfg)
-        names = convert_to_bitlinear(model, options.skip_modules, options.fuse, options.int8_grad)
+        names = convert_to_bitlinear(model, options.skip_modules, options.fuse, options.backward)
         if self._resumed is not None:
             refuse_other_layers(self._resumed, names, DEFINITION)
         found = preflight(model, names) if _holds_weights(cfg) else None

@@ -17,7 +17,7 @@ from ..model.names import first_few
 from ..storage.atomic import CheckpointError
 from ..storage.trainer_checkpoint import checkpoints, problems, trainer_state
 from ..training.log import info, is_main_process
-from .args import BitNetConfig
+from .args import BitNetConfig, with_backward
 from .artifacts import set_aside
 
 try:
@@ -142,7 +142,7 @@ def refuse_other_run(checkpoint: Path, options: BitNetConfig, rounding: bool = F
             f"{checkpoint} was not saved by a ternary run. Start a new run with base_model: {checkpoint}, or "
             "remove `use_onebitllms`"
         )
-    then, now = saved["bitnet"], options.model_dump()
+    then, now = with_backward(saved["bitnet"]), options.model_dump()
     defaults = BitNetConfig().model_dump()
     changed = [
         f"bitnet.{key} was {then.get(key, defaults.get(key))!r} and is now {now.get(key)!r}"

@@ -3,7 +3,7 @@
 Any Llama-like checkpoint of transformers and any text. Latents and optimizer state in float32, compute under
 bfloat16 autocast (float32 without a GPU), AdamW; the last tenth of the text is held out.
 
-    python experiments/int8_grad.py MODEL_FOLDER TEXT --steps 400 --out experiments/results/int8_grad.csv
+    python experiments/backward.py MODEL_FOLDER TEXT --steps 400 --out experiments/results/backward.csv
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def train(text: Tensor, seed: int, args: argparse.Namespace, **settings: Any) ->
             with torch.no_grad():
                 evaluated = torch.stack([loss_of(model, ids) for ids in held_out]).mean()
             model.train()
-            row = dict(int8_grad=settings["int8_grad"], seed=seed, step=step)
+            row = dict(backward=settings["backward"], seed=seed, step=step)
             rows.append(row | dict(loss=f"{torch.stack(recent).mean():.4f}", eval_loss=f"{evaluated:.4f}"))
             print(*rows[-1].values(), flush=True)
             recent.clear()
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--out", type=Path, default=RESULTS / "int8_grad.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "backward.csv")
     args = parser.parse_args()
 
     from transformers import AutoTokenizer
@@ -83,8 +83,8 @@ def main() -> None:
     text = torch.tensor(AutoTokenizer.from_pretrained(args.model)(args.text.read_text())["input_ids"])
     rows: list[dict[str, Any]] = []
     for seed in args.seeds:
-        for int8_grad in (False, True):
-            rows += train(text, seed, args, int8_grad=int8_grad)
+        for backward in ("bf16", "int8_dx"):
+            rows += train(text, seed, args, backward=backward)
             write_csv(args.out, rows)
 
 

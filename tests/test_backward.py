@@ -1,4 +1,4 @@
-"""``int8_grad``: the gradient of x from 8-bit dY. Everything else of the layer stays as it is."""
+"""``backward: int8_dx``: the gradient of x from 8-bit dY. Everything else of the layer stays as it is."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_gradient_of_x_is_the_definition(
     dw, db = layer.weight.grad, layer.bias.grad
 
     layer.zero_grad()
-    layer.int8_grad = True
+    layer.backward = "int8_dx"
     again, dx, _ = run(layer, x, dy)
     assert torch.equal(again, y)
     assert dx.dtype == dtype and torch.equal(dx, definition(dy, layer.weight))
@@ -49,7 +49,7 @@ def test_gradient_of_x_is_the_definition(
 def test_any_layout_of_dy() -> None:
     x, dy = torch.randn(6, 24), torch.randn(13, 6).t()
     layer = layer_for(x)
-    layer.int8_grad = True
+    layer.backward = "int8_dx"
     _, dx, _ = run(layer, x, dy)
     assert torch.equal(dx, definition(dy, layer.weight))
     _, dx, _ = run(layer, x, dy[:1].expand(6, 13))
@@ -64,7 +64,7 @@ def test_small_gradients_are_not_lost(exponent: int) -> None:
     layer = layer_for(x, 32)
     dy = torch.randn(64, 32) * 10.0**exponent
     _, exact, _ = run(layer, x, dy)
-    layer.int8_grad = True
+    layer.backward = "int8_dx"
     _, dx, _ = run(layer, x, dy)
     assert (dx - exact).norm() < 0.02 * exact.norm()
     assert torch.equal(dx, definition(dy, layer.weight))
@@ -75,7 +75,7 @@ def test_no_gradient_gives_no_gradient() -> None:
     x, dy = torch.randn(4, 24), torch.randn(4, 13)
     dy[1:3] = 0
     layer = layer_for(x)
-    layer.int8_grad = True
+    layer.backward = "int8_dx"
     _, dx, _ = run(layer, x, dy)
     assert not dx[1:3].any() and (dx[[0, 3]] != 0).any(1).all()
 
@@ -83,7 +83,7 @@ def test_no_gradient_gives_no_gradient() -> None:
 def test_under_autocast() -> None:
     x = torch.randn(6, 24)
     layer = layer_for(x, bias=True)
-    layer.int8_grad = True
+    layer.backward = "int8_dx"
     leaf = x.clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(leaf)
@@ -97,7 +97,7 @@ def test_under_autocast() -> None:
 def test_a_bad_row_makes_that_row_nan(bad: float) -> None:
     x, dy = torch.randn(4, 24), torch.randn(4, 13)
     layer = layer_for(x)
-    layer.int8_grad = True
+    layer.backward = "int8_dx"
     _, clean, _ = run(layer, x, dy)
     dy[2, 5] = bad
     _, dx, _ = run(layer, x, dy)
@@ -112,7 +112,7 @@ def test_a_bad_row_makes_that_row_nan(bad: float) -> None:
 def test_activation_checkpointing(reentrant: bool) -> None:
     attention = Attention()
     for layer in attention.children():
-        layer.int8_grad = True
+        layer.backward = "int8_dx"
     gradients = []
     for checkpointed in (False, True):
         attention.zero_grad()
@@ -130,27 +130,32 @@ def test_compiled_layer_is_the_eager_one() -> None:
     dy = torch.randn(2, 5, 12)
     results = []
     for function in (bitlinear, compiled):
-        y = function(x, weight, None, True)
+        y = function(x, weight, None, "int8_dx")
         results.append([y, *torch.autograd.grad(y, [x, weight], dy)])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_conversion_sets_it_and_copies_keep_it(tiny_model) -> None:
     model = tiny_model("Llama")
-    convert_to_bitlinear(model, int8_grad=True)
+    convert_to_bitlinear(model, backward="int8_dx")
     layers = [module for module in model.modules() if isinstance(module, BitLinear)]
-    assert len(layers) == 14 and all(layer.int8_grad for layer in layers)
-    assert copy.deepcopy(layers[0]).int8_grad
+    assert len(layers) == 14 and all(layer.backward == "int8_dx" for layer in layers)
+    assert copy.deepcopy(layers[0]).backward == "int8_dx"
     assert not any("int8" in name for name in model.state_dict())
     other = tiny_model("Llama")
     convert_to_bitlinear(other)
-    assert not any(m.int8_grad for m in other.modules() if isinstance(m, BitLinear))
-    assert BitLinear.int8_grad is False
+    assert all(m.backward == "bf16" for m in other.modules() if isinstance(m, BitLinear))
+    assert BitLinear.backward == "bf16"
+
+
+def test_an_unknown_precision_is_refused(tiny_model) -> None:
+    with pytest.raises(ValueError, match="one of bf16, int8_dx, not 'int4'"):
+        convert_to_bitlinear(tiny_model("Llama"), backward="int4")
 
 
 def test_a_model_learns(tiny_model) -> None:
     model = tiny_model("Llama")
-    convert_to_bitlinear(model, int8_grad=True)
+    convert_to_bitlinear(model, backward="int8_dx")
     batch = torch.randint(3, 128, (4, 12))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []

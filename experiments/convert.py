@@ -1,4 +1,4 @@
-"""What makes a dense model a good ternary one: recipes at equal tokens, and the gap against tokens.
+"""What makes a dense model a good ternary one: recipes at equal tokens, the gap against tokens.
 
     python experiments/convert.py recipes MODEL DATA --out recipes.csv  # 400 steps, King James Bible
     python experiments/convert.py tokens MODEL DATA --out tokens.csv    # documentation, a curve
@@ -31,40 +31,65 @@ from shared import append_csv, read_csv
 
 PLAIN = Run()
 TAUGHT = Run(teacher="base")
-BEST = replace(TAUGHT, start="stretch", lr=2e-3)  # the recipe's defaults
+BEST = replace(TAUGHT, start="stretch", lr=2e-3)
+HALF = replace(BEST, weight=0.5)
+SMALLER = replace(HALF, batch=4)
 DOCS = 25_000_000 // 8192 * 8192
 
 RECIPES: dict[str, Run] = {
     "dense": Run(ternary=False, ramp=0.0, lr=5e-5),
-    "best": BEST,
     "ramp": PLAIN,
+    "ramp-4k-lr2e-3": replace(PLAIN, lr=2e-3, batch=4),
+    "ramp-4k-lr2e-3-stretch": replace(PLAIN, start="stretch", lr=2e-3, batch=4),
     "taught": TAUGHT,
-    "best-ramp0": replace(BEST, ramp=0.0),
-    "best-ramp30": replace(BEST, ramp=0.3),
+    "best": BEST,  # the divergence alone, 8,192 tokens a step
+    "best-no-stretch": replace(BEST, start=""),
     "best-lr1e-3": replace(BEST, lr=1e-3),
     "best-lr3e-3": replace(BEST, lr=3e-3),
     "best-tuned": replace(BEST, teacher="tuned"),
-    "best-lacking": replace(BEST, start="lacking"),
-    "best-no-stretch": replace(BEST, start=""),
-    "best-muon": replace(BEST, optimizer="muon", lr=3e-3),
     "best-4k": replace(BEST, batch=4),
-    "best-half-ce": replace(BEST, weight=0.5),
-    "best-soft": replace(BEST, soft=True, start="", ramp=0.6),
-    "best-ce-first": replace(BEST, ce_first=0.5),
-    "best-T2": replace(BEST, temperature=2.0),
-    "ramp-stretch-lr2e-3": replace(PLAIN, start="stretch", lr=2e-3),
-    "best-ce0.1": replace(BEST, weight=0.9),
-    "best-lr5e-3": replace(BEST, lr=5e-3),
-    "best-tuned-4k": replace(BEST, teacher="tuned", batch=4),
-    "best-16x4k-30": replace(BEST, batch=4, ramp=0.3),
-    "best-muon-4k": replace(BEST, optimizer="muon", lr=3e-3, batch=4),
-    "best-muon-1e-2": replace(BEST, optimizer="muon", lr=1e-2),
+    "best-ramp30": replace(BEST, ramp=0.3),
+    "best-muon": replace(BEST, optimizer="muon", lr=3e-3),
+    "best-half-ce": HALF,
+    "half-lr1e-3": replace(HALF, lr=1e-3),
+    "half-lr3e-3": replace(HALF, lr=3e-3),
+    "half-lr5e-3": replace(HALF, lr=5e-3),
+    "half-4k": SMALLER,
+    "half-4k-lr1e-3": replace(SMALLER, lr=1e-3),
+    "half-4k-lr3e-3": replace(SMALLER, lr=3e-3),
+    "half-2k": replace(HALF, batch=2),
+    "half-2k-lr1e-3": replace(HALF, batch=2, lr=1e-3),
+    "half-4k-ramp0": replace(SMALLER, ramp=0.0),
+    "half-4k-ramp30": replace(SMALLER, ramp=0.3),
+    "w0.3-4k": replace(SMALLER, weight=0.3),
+    "w0.7-4k": replace(SMALLER, weight=0.7),
+    "half-4k-T2": replace(SMALLER, temperature=2.0),
+    "half-4k-no-stretch": replace(SMALLER, start=""),
+    "half-4k-lacking": replace(SMALLER, start="lacking"),
+    "half-4k-muon": replace(SMALLER, optimizer="muon", lr=3e-3),
+    "half-4k-muon-1e-2": replace(SMALLER, optimizer="muon", lr=1e-2),
+    "half-4k-soft": replace(SMALLER, soft=True, start="", ramp=0.6),
+    "half-4k-ce-first": replace(SMALLER, ce_first=0.5),
+    "tuned-4k": replace(SMALLER, weight=1.0, teacher="tuned"),
+    "tuned-half-4k": replace(SMALLER, teacher="tuned"),
+    "tuned-4k-ramp30": replace(SMALLER, weight=1.0, teacher="tuned", ramp=0.3),
+    "w0.7-4k-ramp30": replace(SMALLER, weight=0.7, ramp=0.3),
+    "written-400": replace(SMALLER, data="written"),  # and what documentation gives at the same tokens:
+    "docs-400": replace(SMALLER, data="docs"),
 }
 TOKENS: dict[str, Run] = {
-    "docs-best": replace(BEST, data="docs", tokens=DOCS),
+    "docs-half-2k": replace(HALF, batch=2, data="docs", tokens=DOCS),
+    "docs-half-4k": replace(SMALLER, data="docs", tokens=DOCS),
+    "docs-half-8k": replace(HALF, data="docs", tokens=DOCS),
+    "docs-teacher": replace(RECIPES["dense"], data="docs", tokens=8_000_000 // 8192 * 8192),
+    "docs-tuned-8k": replace(BEST, teacher="docs-tuned", data="docs", tokens=DOCS),
+    "docs-tuned-half-8k": replace(HALF, teacher="docs-tuned", data="docs", tokens=DOCS),
     "docs-ramp": replace(PLAIN, data="docs", tokens=DOCS),
+    "docs-ramp-4k-lr2e-3": replace(PLAIN, lr=2e-3, batch=4, data="docs", tokens=DOCS),
     "docs-dense": replace(RECIPES["dense"], data="docs", tokens=DOCS),
 }
+TABLES = {"recipes": RECIPES, "tokens": TOKENS}
+LEAVES = {"dense": "tuned", "docs-teacher": "docs-tuned"}  # weights for other runs
 
 FIGURES = (
     "before", "held_out", "accuracy", "agreement", "written", "loss", "flips", "zeros", "steps", "ms_step",
@@ -83,6 +108,8 @@ def work(args: argparse.Namespace, runs: dict[str, Run]) -> int:
     """A process: its runs one after another, while there is time."""
     torch.set_num_threads(args.threads)
     torch._dynamo.config.recompile_limit = 256
+    while not (args.work / "base").exists():
+        time.sleep(0.2)
     lab = load_lab(args.work / "base", args.data, args.work, args.compiled, args.small)
     for name, run in runs.items():
         if args.small:
@@ -92,7 +119,7 @@ def work(args: argparse.Namespace, runs: dict[str, Run]) -> int:
             continue
         if not claimed(args.claims / name):
             continue
-        while run.teacher == "tuned" and not (args.work / "tuned.pt").exists():
+        while run.teacher in LEAVES.values() and not (args.work / f"{run.teacher}.pt").exists():
             time.sleep(0.5)
         began = time.monotonic()
         row: dict[str, Any] = {}
@@ -107,9 +134,9 @@ def work(args: argparse.Namespace, runs: dict[str, Run]) -> int:
                 traceback.print_exc()
                 row = {"error": f"{type(error).__name__}: {error}"[:200].replace("\n", " ")}
         if "error" not in row:
-            if name == "dense":
-                torch.save(model.state_dict(), args.work / "tuned.part")
-                (args.work / "tuned.part").replace(args.work / "tuned.pt")
+            if kind := LEAVES.get(name):
+                torch.save(model.state_dict(), args.work / f"{kind}.part")
+                (args.work / f"{kind}.part").replace(args.work / f"{kind}.pt")
             if args.keep and name.startswith(tuple(args.keep.split(","))):
                 model.save_pretrained(args.work / name)
             del model
@@ -139,7 +166,7 @@ def add_point(args: argparse.Namespace, name: str, point: dict[str, Any]) -> Non
 
 def plan(args: argparse.Namespace) -> dict[str, Run]:
     """By a name of its own each run that is asked for, seeds after the first marked in the name."""
-    table = RECIPES if args.table == "recipes" else TOKENS
+    table = TABLES[args.table]
     for text in args.define:  # NAME:OTHER:key=value,...
         name, other, settings = text.split(":")
         kinds = {field.name: type(field.default) for field in fields(Run)}
@@ -157,7 +184,7 @@ def plan(args: argparse.Namespace) -> dict[str, Run]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", choices=("recipes", "tokens"))
+    parser.add_argument("table", choices=TABLES)
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--work", type=Path, default=Path("convert-work"))
@@ -179,7 +206,7 @@ def main() -> int:
         return work(args, runs)
     done = {row["run"] for row in read_csv(args.out) if not row["error"]} if args.out.exists() else set()
     waiting = [name for name in runs if name not in done]
-    read_base(args.model, args.work)
+    args.work.mkdir(parents=True, exist_ok=True)
     until = time.time() + args.seconds
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = seen.split(",") if seen else [str(index) for index in range(torch.cuda.device_count() or 1)]
@@ -192,6 +219,7 @@ def main() -> int:
         command = [sys.executable, __file__, *rest, *settled]
         gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
         processes.append(subprocess.Popen(command, env=os.environ | gpu))
+    read_base(args.model, args.work)  # while they import torch
     while any(process.poll() is None for process in processes):
         time.sleep(0.2)
         if time.time() > until:

@@ -16,6 +16,7 @@ import copy
 import gc
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Run:
 
     data: str = "kjv"  # kjv | docs | written (by the dense model)
     ternary: bool = True
-    teacher: str = ""  # "" | base | tuned (after a dense fine-tuning on the same text)
+    teacher: str = ""  # "" | base | tuned, docs-tuned (after a dense fine-tuning on the same text)
     weight: float = 1.0  # of the teacher; the rest is cross-entropy
     temperature: float = 1.0
     ce_first: float = 0.0  # share of the steps with cross-entropy alone, before the teacher
@@ -75,8 +76,8 @@ class Lab:
 
     def model(self, kind: str, dtype: torch.dtype) -> Any:
         model = copy.deepcopy(self.base)
-        if kind == "tuned":
-            model.load_state_dict(torch.load(self.work / "tuned.pt", map_location="cpu"))
+        if kind != "base":
+            model.load_state_dict(torch.load(self.work / f"{kind}.pt", map_location="cpu"))
         model.config.use_cache = False
         return model.to(DEVICE, dtype)
 
@@ -94,8 +95,12 @@ def read_base(model: Path, work: Path) -> None:
     # the config that was read is a GGUF's
     plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
     plain.load_state_dict(read.state_dict())
-    plain.save_pretrained(work / "base.part")
-    (work / "base.part").rename(work / "base")
+    part = work / f"base.{os.getpid()}"
+    plain.save_pretrained(part)
+    try:
+        part.rename(work / "base")
+    except OSError:  # another process was first
+        shutil.rmtree(part)
 
 
 def load_lab(model: Path, data: Path, work: Path, compiled: bool, small: bool = False) -> Lab:
@@ -234,7 +239,7 @@ def figures(lab: Lab, model: Any, run: Run) -> dict[str, float]:
     likely = torch.load(dense_likely).to(DEVICE).split([y.numel() for _, y in lab.held_out[text]])
     found = measure(model, lab.held_out[text], likely)
     row = {"held_out": found["loss"], "accuracy": found["accuracy"], "agreement": found["agreement"]}
-    if "general" in lab.held_out:
+    if "general" in lab.held_out and run.data != "kjv":
         row["written"] = measure(model, lab.held_out["general"])["loss"]
     return row
 
@@ -326,7 +331,7 @@ def train(
         teacher.requires_grad_(False).eval()
     if lab.compiled:
         for layer in [*model.model.layers, *(teacher.model.layers if teacher else [])]:
-            layer.compile()
+            layer.compile(dynamic=False)  # a second batch size would be compiled for every size
     optimizers = make_optimizers(flat, model, run)
     windows = windows.to(DEVICE)
     step_of = Step(lambda x, y: torch.zeros(()), flat)

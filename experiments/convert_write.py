@@ -1,8 +1,9 @@
 """Text that the dense model writes by itself, from random first tokens: data that needs no data.
 
-    python experiments/convert_write.py MODEL OUT.npy --sequences 256 --length 1025
+    python experiments/convert_write.py MODEL DATA --sequences 1536 --length 1025
 
-Sampled at temperature 1 from the whole distribution; uint16 (sequences * length,).
+Sampled at temperature 1 from the whole distribution. DATA gets ``general.npy``, the first 256 sequences, for
+measurements, and ``written.npy``, the others, to train on; both uint16 (sequences * length,).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from transformers import AutoModelForCausalLM
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--sequences", type=int, default=1536)
+    parser.add_argument("--held", type=int, default=256, help="sequences for general.npy")
     parser.add_argument("--length", type=int, default=1025)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,9 +35,12 @@ def main() -> int:
         first, attention_mask=torch.ones_like(first), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
-    part = args.out.with_suffix(".part.npy")
-    np.save(part, written.flatten().cpu().numpy().astype(np.uint16))
-    part.rename(args.out)
+    tokens = written.cpu().numpy().astype(np.uint16)
+    for name, rows in (("written", tokens[args.held :]), ("general", tokens[: args.held])):
+        part = args.data / f"{name}.part"
+        with part.open("wb") as file:
+            np.save(file, rows.flatten())
+        part.rename(args.data / f"{name}.npy")
     return 0
 
 

@@ -193,11 +193,11 @@ def main() -> None:
         base = Setting(steps=args.steps)
         for stage in args.stages:
             settings = design.STAGES[stage](study.rows, base)[: args.first]
-            if any(setting.start == "trained" for setting in settings):
+            if needed := {setting.model for setting in settings if setting.start == "trained"}:
                 missing = [
                     each
                     for each in design.trained(study.rows, base)
-                    if not place.weights(each.model).exists()
+                    if each.model in needed and not place.weights(each.model).exists()
                 ]
                 study.run(missing, keep=True)
                 settings = [each for each in settings if place.weights(each.model).exists()]

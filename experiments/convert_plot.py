@@ -19,7 +19,10 @@ Rows = list[dict[str, str]]
 NAMES = {
     "docs-dense": ("dense, fine-tuned", "#5f6368"),
     "docs-ramp": ("ternary, ramp alone", "#e37400"),
-    "docs-best": ("ternary, the recipe with half cross-entropy", "#1a73e8"),
+    "docs-half-4k": ("ternary, base as teacher, 4k tokens a step", "#1a73e8"),
+    "docs-half-2k": ("the same, 2k tokens a step", "#8ab4f8"),
+    "docs-half-8k": ("the same, 8k tokens a step", "#174ea6"),
+    "docs-tuned-8k": ("ternary, fine-tuned teacher, 8k tokens a step", "#188038"),
 }
 
 
@@ -64,8 +67,13 @@ def plot_tokens(points: Rows) -> None:
     for axis, (column, label) in zip(axes, columns.items(), strict=True):
         for run, (name, colour) in NAMES.items():
             tokens, found = curve_of(points, run, column)
-            shown = [index for index, each in enumerate(tokens) if each > 0 or run == "docs-dense"]
-            axis.plot([tokens[i] for i in shown], [found[i] for i in shown], ".-", color=colour, label=name)
+            shown = [
+                i for i, each in enumerate(tokens) if each > 3 or run == "docs-dense"
+            ]  # off the scale before
+            if shown:
+                axis.plot(
+                    [tokens[i] for i in shown], [found[i] for i in shown], ".-", color=colour, label=name
+                )
         axis.set_xlabel("million tokens")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)

@@ -76,13 +76,13 @@ def work(connection: Connection, place: Place) -> None:
 class Worker:
     """A process with one GPU (or none) to itself, and what it is at."""
 
-    def __init__(self, gpu: int, place: Place) -> None:
+    def __init__(self, gpu: str, place: Place) -> None:
         self.gpu, self._place = gpu, place
         self.setting: Setting | None = None
         self.ready = False
         context = mp.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        os.environ |= {"CUDA_VISIBLE_DEVICES": str(gpu), "TOKENIZERS_PARALLELISM": "true"}
+        os.environ |= {"CUDA_VISIBLE_DEVICES": gpu, "TOKENIZERS_PARALLELISM": "true"}
         self.process = context.Process(target=work, args=(theirs, place), daemon=True)
         self.process.start()
         theirs.close()
@@ -156,9 +156,9 @@ def _short(values: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def staffed(place: Place, per_gpu: int) -> Iterator[list[Worker]]:
-    gpus = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    workers = [Worker(gpu, place) for _ in range(per_gpu) for gpu in range(max(1, gpus))]
+    gpus = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count() or 1)]
+    workers = [Worker(gpu, place) for _ in range(per_gpu) for gpu in gpus]
     try:
         yield workers
     finally:

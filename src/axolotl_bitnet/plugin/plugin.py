@@ -52,6 +52,7 @@ from .upstream.save_once import save_once
 from .upstream.sdpa_varlen import ask_once_a_batch
 from .upstream.trl_reference import refuse_dense_judges, refuse_dense_reference, settle_reference
 from .upstream.trl_reference_cache import key_precomputed_references
+from .upstream.trl_rollouts import roll_out_packed
 from .upstream.trl_vllm import push_dense_ternary
 
 _TERNARY = ("latents", "dense")
@@ -201,6 +202,7 @@ class BitNetPlugin(BasePlugin):
         refuse_dense_judges(trainer)
         if getattr(trainer, "use_vllm", False):
             push_dense_ternary(getattr(trainer, "vllm_generation", None), trainer.model)
+        roll_out_packed(trainer)
         self._prepare_latents(cfg, trainer.model, reference)
 
     def _prepare_latents(self, cfg: Any, policy: torch.nn.Module, reference: torch.nn.Module | None) -> None:

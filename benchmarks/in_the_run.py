@@ -35,7 +35,9 @@ from common import RESULTS, append_csv
 from profiled_step import summary
 from scaling import ROOT, SHAPES, VOCABULARY, save_base
 
-from axolotl_bitnet.plugin.upstream import sdpa_varlen
+from axolotl_bitnet.plugin.upstream import sdpa_compiled, sdpa_varlen
+from axolotl_bitnet.training.checkpoint_once import CheckpointOnce
+from axolotl_bitnet.training.layer_compile import CompileLayers
 
 LIGER: dict[str, Any] = {
     "plugins": ["axolotl.integrations.liger.LigerPlugin"],
@@ -44,21 +46,26 @@ LIGER: dict[str, Any] = {
     "liger_glu_activation": True,
     "liger_fused_linear_cross_entropy": True,
 }
-COMPILED = {"torch_compile": True}
-DENSE = {"use_onebitllms": False, "bitnet": None, "learning_rate": 5e-4}
+EAGER = {"torch_compile": None}
+FP8 = {"fp8": True}
+COMPILED_DENSE = {"use_onebitllms": False, "bitnet": None, "learning_rate": 5e-4}
+DENSE = COMPILED_DENSE | EAGER
 QAT = {"qat": {"weight_dtype": "ternary", "activation_dtype": "int8"}}
-KINDS: dict[str, dict[str, Any]] = {  # what each adds to the recipe
+KINDS: dict[str, dict[str, Any]] = {  # what each changes in the recipe, which compiles layers
     "dense": DENSE,
-    "dense asked once": DENSE,  # with what the plugin changes in Axolotl's attention to packed rows
     "dense liger": DENSE | LIGER,
-    "dense compiled": DENSE | COMPILED,
-    "dense fp8": DENSE | COMPILED | {"fp8": True},
+    "dense compiled": COMPILED_DENSE,  # as Axolotl does it, the whole model at once
+    "dense fp8": COMPILED_DENSE | FP8,
+    "dense mended": DENSE,  # with what the plugin mends in Axolotl for ternary runs
+    "dense mended, compiled": DENSE,
+    "dense mended, fp8, compiled": DENSE | FP8,
     "axolotl qat": DENSE | QAT,
     "native": {"bitnet": {"gather": "native"}},
     "ternary": {},
-    "ternary liger": LIGER,
-    "ternary compiled": COMPILED,
+    "ternary eager": EAGER,
+    "ternary eager liger": EAGER | LIGER,
     "ternary 8-bit dX": {"bitnet": {"backward": "int8_dx"}},
+    "ternary 8-bit": {"bitnet": {"backward": "int8"}},
 }
 COLUMNS = (
     "shape", "gpus", "sequence", "rows", "kind", "ms_step", "tokens_per_second", "peak_gib", "loss",
@@ -181,7 +188,7 @@ def restored() -> Iterator[None]:
                 if name in kept:
                     setattr(one, name, kept[name])
         unpatch_sdpa_varlen()
-        for module_name, name in sdpa_varlen._SYMBOLS:
+        for module_name, name in sdpa_varlen.SYMBOLS:
             module = import_module(module_name)
             function = getattr(module, name)
             setattr(module, name, getattr(function, "__wrapped__", function))
@@ -210,13 +217,18 @@ def run(args: argparse.Namespace, folder: Path, kind: str) -> Watch:
         names = ("on_step_begin", "on_step_end", "on_log")
         clock = type("Clock", (TrainerCallback,), {name: _forward(watch, name) for name in names})
         self.add_callback(clock())
+        if "mended" in kind:
+            self.add_callback(CheckpointOnce())
+            if "compiled" in kind:
+                sdpa_compiled.ask_before_the_layers(self.model)
+                self.add_callback(CompileLayers())
 
     Trainer.__init__ = with_watch
     try:
         with restored():
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            if kind.endswith("asked once"):
+            if "mended" in kind:  # what the plugin mends in Axolotl, for a run that it does not touch
                 sdpa_varlen.ask_once_a_batch()
             cfg, data = prepare(recipe(args, folder, kind))
             try:

@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from axolotl_bitnet.plugin.upstream.sdpa_varlen import _SYMBOLS, ask_once_a_batch
+from axolotl_bitnet.plugin.upstream.sdpa_varlen import SYMBOLS, ask_once_a_batch
 
 PACKED = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
 WHOLE = torch.arange(8)[None]
@@ -17,7 +17,7 @@ WHOLE = torch.arange(8)[None]
 def originals(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """The functions as they are upstream, and back there afterwards."""
     found = {}
-    for module_name, name in _SYMBOLS:
+    for module_name, name in SYMBOLS:
         module = importlib.import_module(module_name)
         function = getattr(module, name)
         found[name] = getattr(function, "__wrapped__", function)
@@ -29,7 +29,7 @@ def test_the_answers_are_upstreams_for_each_batch(originals) -> None:
     from transformers import modeling_flash_attention_utils as flash
 
     assert ask_once_a_batch() == []
-    packed = importlib.import_module(_SYMBOLS[0][0])
+    packed = importlib.import_module(SYMBOLS[0][0])
     for position_ids in (PACKED.clone(), WHOLE.clone(), PACKED.clone()):
         for _ in range(3):
             assert packed._is_packed(position_ids) is originals["_is_packed"](position_ids)
@@ -40,7 +40,7 @@ def test_the_answers_are_upstreams_for_each_batch(originals) -> None:
 
 
 def test_upstream_is_asked_once_a_tensor_and_again_after_a_write(monkeypatch, originals) -> None:
-    module = importlib.import_module(_SYMBOLS[0][0])
+    module = importlib.import_module(SYMBOLS[0][0])
     asked = []
     monkeypatch.setattr(module, "_is_packed", lambda ids: asked.append(ids) or len(asked))
     ask_once_a_batch()
@@ -57,12 +57,12 @@ def test_upstream_is_asked_once_a_tensor_and_again_after_a_write(monkeypatch, or
 
 def test_changed_once_only(originals) -> None:
     ask_once_a_batch()
-    before = [getattr(importlib.import_module(module), name) for module, name in _SYMBOLS]
+    before = [getattr(importlib.import_module(module), name) for module, name in SYMBOLS]
     ask_once_a_batch()
-    assert [getattr(importlib.import_module(module), name) for module, name in _SYMBOLS] == before
+    assert [getattr(importlib.import_module(module), name) for module, name in SYMBOLS] == before
 
 
-@pytest.mark.parametrize("module_name, name", _SYMBOLS)
+@pytest.mark.parametrize("module_name, name", SYMBOLS)
 def test_a_name_that_is_gone_is_named_and_nothing_else_happens(
     module_name, name, monkeypatch, originals
 ) -> None:

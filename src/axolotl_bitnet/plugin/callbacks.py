@@ -10,6 +10,7 @@ import torch
 from ..training.log import info
 from .args import BitNetConfig
 from .teacher import load_teacher
+from .upstream.sdpa_compiled import ask_before_the_layers
 
 
 def watch(
@@ -46,6 +47,26 @@ def watch(
         figures += [monitor, speed]
     log_through(trainer, *figures)
     return callbacks
+
+
+def compiler_settings(cfg: Any) -> dict[str, Any] | None:
+    """What ``torch.compile`` is given for each layer; None where layers are not compiled one by one."""
+    whole = cfg.deepspeed or (cfg.fsdp_config and str(cfg.fsdp_version) != "2")  # by those themselves
+    if not cfg.torch_compile or whole:
+        return None
+    settings = {"backend": cfg.torch_compile_backend, "mode": cfg.torch_compile_mode}
+    return {key: value for key, value in settings.items() if value}
+
+
+def compiling(cfg: Any, trainer: Any) -> list[Any]:
+    """The callback that compiles layers, for a run with ``torch_compile``."""
+    from ..training.layer_compile import CompileLayers
+
+    settings = compiler_settings(cfg)
+    if settings is None:
+        return []
+    ask_before_the_layers(trainer.model)
+    return [CompileLayers(**settings)]
 
 
 def gathering(cfg: Any, trainer: Any, wish: str) -> list[Any]:

@@ -24,6 +24,7 @@ from ..model.preflight import preflight
 from ..storage.atomic import CheckpointError
 from ..storage.safetensors_stream import CheckpointReader
 from ..ternary import DEFINITION
+from ..training.checkpoint_once import CheckpointOnce
 from ..training.keep_weight_codes import KeepWeightCodes
 from ..training.latents import match_reference, restore_low_bits, ternary_name_patterns, upcast_trainable
 from ..training.log import info, is_main_process, warn
@@ -33,7 +34,7 @@ from ..training.trainer_save import forget_before_saving
 from .args import BitNetConfig
 from .artifacts import refuse_taken, set_aside
 from .base_model import check_base, holds_latents, local_folder, lost_head, unplaced_tensors
-from .callbacks import gathering, watch
+from .callbacks import compiler_settings, compiling, gathering, watch
 from .finish import export_run
 from .hub import Repository, repository_of
 from .refusals import launch_refusal, rounds_stochastically
@@ -155,6 +156,12 @@ class BitNetPlugin(BasePlugin):
             reach = f"BitLinear weights; everything else {base:g}"
         info("learning rate: base %g x multiplier %g = effective %g (%s)", base, multiplier, effective, reach)
 
+    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+        """Layers are compiled one by one; the Trainer would compile the whole model."""
+        if not cfg.use_onebitllms or compiler_settings(cfg) is None:
+            return None
+        return {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
+
     def add_callbacks_pre_trainer(self, cfg: Any, model: torch.nn.Module) -> list[Any]:
         if not cfg.use_onebitllms:
             return []
@@ -180,8 +187,10 @@ class BitNetPlugin(BasePlugin):
         callbacks = watch(cfg, trainer, _options(cfg), self._resumed, self._settings)
         if cfg.deepspeed:
             return callbacks
+        callbacks += compiling(cfg, trainer)
         if cfg.fsdp_config:  # a ramp ends before codes are gathered
-            return [*callbacks, KeepWeightCodes(whole=False), *gathering(cfg, trainer, _options(cfg).gather)]
+            callbacks = [CheckpointOnce(), *callbacks, KeepWeightCodes(whole=False)]
+            return callbacks + gathering(cfg, trainer, _options(cfg).gather)
         rereads = (cfg.gradient_accumulation_steps or 1) > 1 or bool(cfg.gradient_checkpointing)
         return callbacks + ([KeepWeightCodes()] if rereads else [])
 

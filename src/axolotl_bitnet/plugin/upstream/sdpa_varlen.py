@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-_SYMBOLS = (
+SYMBOLS = (
     ("axolotl.monkeypatch.attention.sdpa_varlen", "_is_packed"),
     ("transformers.modeling_flash_attention_utils", "prepare_fa_kwargs_from_position_ids"),
 )
@@ -33,7 +33,7 @@ def ask_once_a_batch() -> list[str]:
         The names that are not there to be changed.
     """
     missing = []
-    for module_name, name in _SYMBOLS:
+    for module_name, name in SYMBOLS:
         try:
             module = importlib.import_module(module_name)
             function = getattr(module, name)

@@ -1,0 +1,150 @@
+"""Layers compiled one by one, and checkpointed once: the same numbers, in one graph for all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.profiler import ProfilerActivity, profile
+
+from axolotl_bitnet import convert_to_bitlinear
+from axolotl_bitnet.training.checkpoint_once import checkpoint_once
+from axolotl_bitnet.training.layer_compile import compile_layers
+from support.models import tiny_model
+from support.sharded import in_ranks
+
+
+@pytest.fixture(autouse=True)
+def afterwards() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def ternary(layers: int = 3) -> Any:
+    torch.manual_seed(5)
+    model = tiny_model("Llama", num_hidden_layers=layers)
+    convert_to_bitlinear(model)
+    return model
+
+
+def wrap(model: Any, parts: bool = False) -> None:
+    """Activation checkpointing as accelerate and Axolotl wrap for it."""
+    layers = model.model.layers
+    for index, layer in enumerate(layers):
+        if parts:
+            for name, child in list(layer.named_children()):
+                layer.register_module(name, checkpoint_wrapper(child))
+        layers[index] = checkpoint_wrapper(layer)
+
+
+def gradients(model: Any, seed: int = 1) -> list[torch.Tensor]:
+    ids = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(seed))
+    model.zero_grad()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def calls(model: Any, part: str) -> int:
+    """How often a part's forward is computed in a step."""
+    count = 0
+
+    def add(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    hooks = [
+        module.register_forward_hook(add) for name, module in model.named_modules() if name.endswith(part)
+    ]
+    gradients(model)
+    for hook in hooks:
+        hook.remove()
+    return count
+
+
+def test_a_checkpoint_inside_another_is_taken_away() -> None:
+    model = ternary(layers=2)
+    plain = copy.deepcopy(model)
+    wrap(model, parts=True)
+    names = list(model.state_dict())
+    assert calls(model, "q_proj") == 6
+    assert checkpoint_once(model) == 8 and checkpoint_once(model) == 0
+    assert calls(model, "q_proj") == 4
+    assert list(model.state_dict()) == names == list(plain.state_dict())
+    for one, other in zip(gradients(model), gradients(plain), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_one_checkpoint_is_left() -> None:
+    model = ternary(layers=2)
+    wrap(model)
+    assert checkpoint_once(model) == 0 and calls(model, "q_proj") == 4
+
+
+@pytest.mark.parametrize("checkpointed", [None, "wrapped", "transformers"])
+def test_one_graph_serves_all_layers(checkpointed: str | None) -> None:
+    model = ternary()
+    plain = copy.deepcopy(model)
+    names = list(model.state_dict())
+    if checkpointed == "wrapped":
+        wrap(model)
+    elif checkpointed == "transformers":
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    graphs = 0
+
+    def backend(graph: Any, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    assert compile_layers(model, backend=backend, fullgraph=True) == 3
+    for one, other in zip(gradients(model), gradients(plain), strict=True):
+        torch.testing.assert_close(one, other)
+    assert graphs == 1 and list(model.state_dict()) == names
+
+
+def test_what_a_checkpoint_forgets_is_computed_again() -> None:
+    """Every product but the MLP's last, whose output no backward needs."""
+    model = ternary()
+    wrap(model)
+    compile_layers(model, backend="aot_eager_decomp_partition", fullgraph=True)
+    gradients(model)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        gradients(model)
+    counts = {event.key: event.count for event in profiled.key_averages()}
+    assert counts["axolotl_bitnet::matmul"] == 3 * (7 + 6)
+
+
+def test_a_model_without_such_layers() -> None:
+    assert compile_layers(nn.Sequential(nn.Linear(3, 3))) == 0
+
+
+def sharded(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    from axolotl_bitnet.training.fsdp2_gather import gather_ternary
+
+    found = []
+    for compiled in (False, True):
+        model = ternary(layers=2)
+        wrap(model, parts=True)
+        for layer in model.model.layers:
+            fully_shard(layer._checkpoint_wrapped_module)
+        fully_shard(model)
+        assert checkpoint_once(model) == 8 and gather_ternary(model) == 14
+        if compiled:
+            compile_layers(model, backend="aot_eager", fullgraph=True)
+        steps = [gradients(model, seed=10 * step + rank) for step in range(2)]
+        found.append([grad.full_tensor() for step in steps for grad in step])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_under_fsdp2_codes_are_gathered_for_compiled_layers() -> None:
+    in_ranks(sharded)

@@ -14,10 +14,12 @@ from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("nn.Linear", "axolotl-bitnet", "onebitllms", "AutoBitLinear", "torchao")
+FLOAT8 = ("float8 tensorwise", "float8 rowwise")  # torchao's, dense; eager they are slow
 
 
 def make_ternary(model: nn.Module, peer: str, **settings: Any) -> None:
-    """Turn every nn.Linear of a model (which has no head) into the peer's ternary layer, in place."""
+    """Turn every nn.Linear of a model (which has no head) into the peer's layer, in place: ternary, or dense
+    with float8 products."""
     if peer == "axolotl-bitnet":
         from axolotl_bitnet import convert_to_bitlinear
 
@@ -41,8 +43,13 @@ def make_ternary(model: nn.Module, peer: str, **settings: Any) -> None:
         from torchao.quantization import quantize_
 
         quantize_(model, bitnet_training())
+    elif peer in FLOAT8:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        recipe = peer.removeprefix("float8 ")
+        convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(recipe))
     elif peer != "nn.Linear":
-        raise ValueError(f"{peer} is none of {PEERS}")
+        raise ValueError(f"{peer} is none of {(*PEERS, *FLOAT8)}")
 
 
 def median_ms(run: Callable[[], object], repeats: int, warmup: int = 2) -> float:

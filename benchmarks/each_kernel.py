@@ -125,15 +125,50 @@ def passes(tokens: int) -> Iterator[dict[str, Any]]:
     yield of("unpack_codes", "3B gate, up", 1.25 * n, ops.pack_codes(codes))
 
 
+def gradients(tokens: int) -> Iterator[dict[str, Any]]:
+    """What an 8-bit backward adds: gradients to codes, transposed, and the product over the tokens."""
+    rate = "{:.2f} TB/s".format
+    for name in ("1B/3B k, v", "1B/3B q, o", "1B gate, up", "3B gate, up", "3B down"):
+        out, columns = MATRICES[name]
+        dy, x = random(tokens, out, scale=1e-4), random(tokens, columns)
+        codes, r = ops.quantize_activations(x, x.dtype)
+        peak = ops.quantize_gradient(dy, r)[2]
+        z, c = ops.transposed_gradient(dy, r, peak)
+        passes: list[tuple[str, int, tuple[Any, ...]]] = [
+            ("quantize_gradient", 3 * dy.numel(), (dy, r)),
+            ("transposed_gradient", 3 * dy.numel(), (dy, r, peak)),
+            ("transposed_activations", 2 * x.numel(), (codes,)),
+        ]
+        for operation, nbytes, args in passes:
+            call = getattr(ops, operation)
+            runs = dict(ours=partial(call, *args), torch=partial(call.plain, *args))
+            shape = f"{tokens} x {codes.shape[-1] if operation.endswith('activations') else out}"
+            yield compare(operation, shape, lambda us, n=nbytes: rate(n / us / 1e6), copy_of(nbytes), **runs)
+        product = partial(ops.weight_product, z, c, ops.transposed_activations(codes), torch.bfloat16)
+        operations = 2 * tokens * out * columns
+        yield compare(
+            "weight_product",
+            f"{name}: {out} x {columns} x {tokens}",
+            lambda us, n=operations: f"{n / us / 1e6:.0f} TOP/s",
+            partial(torch.matmul, dy.t(), x),
+            ours=product,
+            torch=partial(torch.matmul, dy.t(), x),
+        )
+
+
+GROUPS = {"matmuls": matmuls, "passes": passes, "gradients": gradients}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Each kernel against plain torch, onebitllms and its roofline."
     )
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--out", type=Path, default=RESULTS / "each_kernel.csv")
     args = parser.parse_args()
     print(machine())
-    write_csv(args.out, [*matmuls(args.tokens), *passes(args.tokens)])
+    write_csv(args.out, [row for group in args.groups for row in GROUPS[group](args.tokens)])
 
 
 if __name__ == "__main__":

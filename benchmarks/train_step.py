@@ -15,13 +15,13 @@ import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import date
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from common import PEERS, RESULTS, free, machine, make_ternary, median_ms, read_csv, write_csv
+from common import FLOAT8, PEERS, RESULTS, free, machine, make_ternary, median_ms, read_csv, write_csv
 
-from axolotl_bitnet.layers.bitlinear import Backward
 from axolotl_bitnet.layers.weight_codes import weights_unchanged as weights_unchanged
 
 SHAPES = {"1B": (9216, 24), "3B": (13312, 32)}  # intermediate size, layers; hidden 2048, heads 16 / 2 of 128
@@ -33,6 +33,7 @@ ROWS = {  # name: shape, sequences of a micro-batch, tokens of each, micro-batch
 }
 HELPS = ("none", "liger", "compile")
 LATENTS = ("bfloat16", "float32")
+OURS = {f"axolotl-bitnet, {backward}": backward for backward in ("int8_dx", "int8")}
 
 
 def build(shape: str, peer: str, help: str, checkpointing: bool, dtype: torch.dtype, **settings: Any) -> Any:
@@ -117,28 +118,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The whole training step of Falcon-E-shaped Llamas.")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--helps", nargs="+", choices=HELPS, default=list(HELPS))
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="+", choices=(*PEERS, *OURS, *FLOAT8), default=list(PEERS))
     parser.add_argument("--latents", nargs="+", choices=LATENTS, default=list(LATENTS))
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--backward", choices=get_args(Backward), default="bf16", help="of ours")
     parser.add_argument("--append", action="store_true", help="add to the CSV instead of replacing it")
     parser.add_argument("--out", type=Path, default=RESULTS / "train_step.csv")
     args = parser.parse_args()
 
-    print(machine())
+    print(gpu := machine())
     results: list[dict[str, Any]] = read_csv(args.out) if args.append else []
     for row, help, latents, peer in itertools.product(args.rows, args.helps, args.latents, args.peers):
-        if latents == "float32" and peer not in PEERS[:2]:
-            continue  # the others' training is bfloat16
-        settings = {"backward": args.backward} if args.backward != "bf16" and peer == "axolotl-bitnet" else {}
-        name = ", ".join((peer, *settings.values()))
+        if latents == "float32" and peer in PEERS[2:]:
+            continue  # their training is bfloat16
+        settings = {"backward": OURS[peer]} if peer in OURS else {}
+        kind = PEERS[1] if peer in OURS else peer
         try:
-            ms, gib = measure(row, peer, help, getattr(torch, latents), args.repeats, **settings)
+            ms, gib = measure(row, kind, help, getattr(torch, latents), args.repeats, **settings)
         except Exception as error:  # a peer that cannot is a result too
-            print(f"{row} {help} {latents} {name}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+            print(f"{row} {help} {latents} {peer}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
             continue
-        results.append(dict(row=row, help=help, latents=latents, peer=name))
-        results[-1] |= dict(ms=f"{ms:.1f}", peak_gib=f"{gib:.1f}")
+        results.append(dict(row=row, help=help, latents=latents, peer=peer))
+        results[-1] |= dict(ms=f"{ms:.1f}", peak_gib=f"{gib:.1f}", gpu=gpu, date=str(date.today()))
         print(*results[-1].values(), flush=True)
         write_csv(args.out, results)
 

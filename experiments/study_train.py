@@ -24,6 +24,7 @@ from study_step import DEVICE, Flat, Step, dpo_loss, lm_loss, plain_token_losses
 from torch import Tensor, nn
 
 from axolotl_bitnet import BitLinear, convert_to_bitlinear, ops
+from axolotl_bitnet.layers.products import Backward
 
 MODES = ("eager", "compile", "graph", "compile+graph")
 LOG_EVERY = 20
@@ -135,7 +136,13 @@ def set_lambda(model: nn.Module, setting: Setting, step: int) -> float:
 
 
 def train(
-    base: Any, setting: Setting, batches: Batches, mode: str, start: Path | None, save: Path | None
+    base: Any,
+    setting: Setting,
+    batches: Batches,
+    mode: str,
+    start: Path | None,
+    save: Path | None,
+    backward: Backward = "bf16",
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run one setting.
 
@@ -143,6 +150,7 @@ def train(
         base: the model as downloaded, on the CPU; it is copied.
         start: flat latents to start from, or None for ``base``.
         save: file for the trained latents, or None.
+        backward: precision of the backward's products.
 
     Returns:
         The row of results, and the rows of its curve.
@@ -152,7 +160,7 @@ def train(
     torch.manual_seed(setting.seed)  # of stochastic rounding
     model = copy.deepcopy(base).to(DEVICE)
     if setting.model == "ternary":
-        convert_to_bitlinear(model)
+        convert_to_bitlinear(model, backward=backward)
     flat = Flat(model, torch.float32 if setting.latents == "float32" else torch.bfloat16)
     if start is not None:
         stored = load_file(start)

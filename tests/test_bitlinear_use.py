@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from axolotl_bitnet.layers.bitlinear import Backward, BitLinear, bitlinear
+from axolotl_bitnet.layers.bitlinear import BitLinear, bitlinear
+from axolotl_bitnet.layers.products import Backward
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from support.layers import Attention, layer_for, saving
 
@@ -121,7 +122,7 @@ def test_training_lowers_the_loss(tiny_model) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("precision", ["bf16", "int8_dx"])
+@pytest.mark.parametrize("precision", ["bf16", "int8_dx", "int8"])
 def test_what_is_saved_for_backward(autocast: bool, weight_dtype: torch.dtype, precision: Backward) -> None:
     """Codes of x, their scales and the weight itself: no second copy of the weight."""
     x = torch.randn(6, 7, 32)

@@ -13,6 +13,7 @@ from torch.utils.weak import TensorWeakRef
 
 from axolotl_bitnet import ops, ternary
 from axolotl_bitnet.layers.fused_llama import RMSNorm, SwiGLU, fuse_layers
+from axolotl_bitnet.layers.products import Backward
 from axolotl_bitnet.layers.shared_input import shared_activation_codes
 from axolotl_bitnet.model.convert import convert_to_bitlinear
 from support.layers import Pair, close, gradients, kinds, mlps, norms, pair_of, run_module, saving
@@ -201,8 +202,9 @@ def test_gradients_are_no_worse_than_the_unfused_ones(
         assert fused_error < (2e-6 if dtype == torch.float32 else 1e-2)
 
 
-def test_int8_gradients_are_the_unfused_ones(tiny_model) -> None:
-    plain, fused = (m.model.layers[0].mlp for m in pair_of(tiny_model("Llama"), backward="int8_dx"))
+@pytest.mark.parametrize("precision", ["int8_dx", "int8"])
+def test_int8_gradients_are_the_unfused_ones(tiny_model, precision: Backward) -> None:
+    plain, fused = (m.model.layers[0].mlp for m in pair_of(tiny_model("Llama"), backward=precision))
     x, dy = torch.randn(9, 64), torch.randn(9, 64)
     found, expected = run_module(fused, x, dy), run_module(plain, x, dy)
     close(found, expected, 1e-2)  # dgate and dup may be a code apart

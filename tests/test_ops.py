@@ -12,7 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import silu
 
 from axolotl_bitnet import ops, ternary
-from axolotl_bitnet.layers.bitlinear import Backward, bitlinear
+from axolotl_bitnet.layers.bitlinear import bitlinear
+from axolotl_bitnet.layers.products import Backward
+from support.gradients import transposed_gradient
 
 EPS = 1e-6
 OPERATIONS = [
@@ -31,6 +33,10 @@ OPERATIONS = [
     "unpack_shards",
     "dequantize_shards",
     "packed_matmul",
+    "quantize_gradient",
+    "transposed_gradient",
+    "transposed_activations",
+    "weight_product",
 ]
 GRADIENTS = {"swiglu_backward", "rmsnorm_backward"}
 
@@ -80,6 +86,8 @@ def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bi
     packed = ops.pack_codes.plain(four)[:1].expand(2, 1, -1)  # one shard of four rows, one of three
     packed = packed if x.is_contiguous() else packed.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
+    peak = ops.quantize_gradient.plain(dy, r_x)[2]
+    of_dy = ops.transposed_gradient.plain(dy, r_x, peak)
     return {
         "ternarize": [latents],
         "dequantized_weight": [latents, g, dtype],
@@ -89,6 +97,10 @@ def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bi
         "matmul": [codes_x, r_x, codes_w, s, torch.randn(8) if bias else None, dtype],
         "swiglu_quantize": [x, up],
         "swiglu_backward": [dy, x, up, r_h],
+        "quantize_gradient": [dy, r_x],
+        "transposed_gradient": [dy, r_x, peak],
+        "transposed_activations": [codes_x],
+        "weight_product": [*of_dy, ops.transposed_activations.plain(codes_x), dtype],
         "rmsnorm_quantize": [x, norm, EPS, dtype],
         "rmsnorm_backward": [dy, x, norm, rstd],
         "pack_codes": [four],
@@ -209,7 +221,20 @@ def definition(operation: str, given: list[Any]) -> tuple[Tensor, ...]:
                 parts += definition("matmul", [codes_x, r, codes_w, s, None, dtype])
             y = torch.cat(parts, dim=-1)
             return (y if bias is None else y + bias.to(dtype),)
+        case "quantize_gradient", [dy, r]:
+            return *ternary.quantize_activations(dy, 1e-30), transposed_gradient(dy, r)[2]
+        case "transposed_gradient", [dy, r, _]:
+            codes, c, _ = transposed_gradient(dy, r)
+            return padded(codes), c
+        case "transposed_activations", [codes]:
+            return (padded(codes.reshape(-1, codes.shape[-1]).t()),)
+        case "weight_product", [codes_z, c, codes_x, dtype]:
+            return (((codes_z.long() @ codes_x.long().t()).float() / c).to(dtype),)
     raise AssertionError(f"{operation} has no definition here")
+
+
+def padded(codes: Tensor) -> Tensor:
+    return torch.nn.functional.pad(codes, (0, -codes.shape[1] % 16))
 
 
 @pytest.mark.parametrize("operation", [name for name in OPERATIONS if name not in GRADIENTS])
@@ -309,7 +334,7 @@ def test_tensor_subclasses_go_through_the_dispatcher() -> None:
     assert counts.get("axolotl_bitnet::ternarize") == 1 and codes.shape == (4, 8)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8_dx"])
+@pytest.mark.parametrize("precision", ["bf16", "int8_dx", "int8"])
 def test_compiled_operations_are_whole(precision: Backward) -> None:
     """Opaque calls under torch.compile, no graph break; a compiler that saw inside would fuse them."""
     from torch._dynamo.backends.common import aot_autograd
@@ -331,13 +356,14 @@ def test_compiled_operations_are_whole(precision: Backward) -> None:
         assert torch.equal(one, other)
 
     forward, backward = ([name for name in called if "axolotl_bitnet" in name] for called in graphs)
-    of_x = (
-        ["quantize_activations", "transposed_codes", "matmul"]
-        if precision == "int8_dx"
-        else ["dequantized_weight"]
-    )
+    int8 = ["transposed_codes", "matmul"]
+    expected_names = {
+        "bf16": ["dequantized_weight", "dequantize_activations"],
+        "int8_dx": [*int8, "quantize_activations", "dequantize_activations"],
+        "int8": [*int8, *OPERATIONS[-4:]],
+    }[precision]
     assert operations(forward) == ["matmul", "quantize_activations", "ternarize"]
-    assert operations(backward) == sorted(["dequantize_activations", *of_x])
+    assert operations(backward) == sorted(expected_names)
     inside = [name for called in graphs for name in called]
     assert not any(
         part in name for name in inside for part in ("round", "amax", "abs", "reciprocal", "nan_to")

@@ -285,11 +285,15 @@ def test_layers_are_fused_unless_told_otherwise(base: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_eight_bit_gradients_reach_the_layers_and_train(base: Path, tmp_path: Path) -> None:
-    run = train(config(tmp_path, base, max_steps=8, bitnet={"int8_grad": True}))  # the former key
-    assert all(
-        module.backward == "int8_dx" for module in run.model.modules() if isinstance(module, BitLinear)
-    )
+@pytest.mark.parametrize(
+    "block, expected", [({"int8_grad": True}, "int8_dx"), ({"backward": "int8"}, "int8")]
+)
+def test_an_eight_bit_backward_reaches_the_layers_and_trains(
+    base: Path, tmp_path: Path, block: dict[str, Any], expected: str
+) -> None:
+    run = train(config(tmp_path, base, max_steps=8, bitnet=block))
+    layers = [module for module in run.model.modules() if isinstance(module, BitLinear)]
+    assert layers and all(layer.backward == expected for layer in layers)
     assert run.losses[-1] < run.losses[0]
 
 

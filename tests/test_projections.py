@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from axolotl_bitnet.layers.bitlinear import Backward, BitLinear
+from axolotl_bitnet.layers.bitlinear import BitLinear
+from axolotl_bitnet.layers.products import Backward
 from axolotl_bitnet.layers.projections import project_together
 from axolotl_bitnet.layers.shared_input import attach_outputs, take_output
 from axolotl_bitnet.model.convert import convert_to_bitlinear
@@ -53,7 +54,7 @@ def run(attention: Attention, x: Tensor, dys: list[Tensor]) -> tuple[list[Tensor
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("precision", ["bf16", "int8_dx"])
+@pytest.mark.parametrize("precision", ["bf16", "int8_dx", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(21,), (5, 21), (2, 3, 21), (0, 21)], ids=str)
 def test_the_separate_layers(

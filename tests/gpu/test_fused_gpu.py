@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from axolotl_bitnet import ops, ternary
 from axolotl_bitnet.layers.bitlinear import BitLinear
@@ -70,6 +71,21 @@ def test_int8_gradient_is_the_definition(dtype: torch.dtype) -> None:
     assert torch.equal(dx, ternary.dequantize_output(product, r, s).to(dtype))
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@by_dtype
+def test_both_int8_gradients_are_those_of_plain_torch(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    layer = BitLinear(2048, 640, device="cuda", dtype=weight_dtype)
+    layer.backward = "int8"
+    x = torch.randn(3, 700, 2048, device="cuda").to(dtype)
+    dy = (torch.randn(3, 700, 640, device="cuda") * 1e-8).to(dtype)
+    found = run_module(layer, x, dy)
+    monkeypatch.setattr(ops, "has_kernels", lambda *_: False)
+    for one, other in zip(found, run_module(layer, x, dy), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_latents_in_float32_get_unrounded_gradients() -> None:
     """Under autocast: dY and x are bfloat16, their product is accumulated and kept in float32."""
     layer = BitLinear(512, 256, bias=False, device="cuda")
@@ -93,6 +109,26 @@ def test_fused_mlp_is_the_unfused_one(pair, dtype: torch.dtype) -> None:
     found, expected = run_module(fused, x, dy), run_module(plain_mlp, x, dy)
     assert torch.equal(found[0], expected[0])
     close(found, expected, 1e-5 if dtype == torch.float32 else 0.02)
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self[0], x, use_reentrant=False)
+
+
+@by_dtype
+def test_int8_backward_of_a_fused_mlp(pair, dtype: torch.dtype) -> None:
+    """Close to bf16's, and with checkpointing the same: rounding follows from the tensors alone."""
+    _, mlp = (each.cuda() for each in mlps(pair, dtype, **SIZE))
+    x, dy = torch.randn(2, 333, 256, device="cuda").to(dtype), torch.randn(2, 333, 256, device="cuda")
+    exact = run_module(mlp, x, dy)
+    for part in mlp.children():
+        part.backward = "int8"
+    found = run_module(mlp, x, dy)
+    assert torch.equal(found[0], exact[0])
+    close(found, exact, 0.05)
+    again = run_module(Checkpointed(mlp), x, dy)
+    assert all(torch.equal(*each) for each in zip(found, again, strict=True))
 
 
 @by_dtype

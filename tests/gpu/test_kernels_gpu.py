@@ -274,6 +274,7 @@ def test_swiglu_backward(columns: int, dtype: torch.dtype) -> None:
     gate, up, dh = (randn(1000, columns, dtype=dtype) for _ in range(3))
     codes, r = ops.swiglu_quantize(gate, up)
     *found, h = ops.swiglu_backward(dh, gate, up, r)
+    all_same(ops.swiglu_backward(dh, gate, up, r, True), (*found, codes))
     torch.testing.assert_close(h, ternary.dequantize(codes, r, dtype), rtol=torch.finfo(dtype).eps, atol=0)
     wide = [one.double().requires_grad_() for one in (gate, up)]
     exact = torch.autograd.grad(silu(wide[0]) * wide[1], wide, dh.double())
@@ -313,6 +314,58 @@ def test_rmsnorm(columns: int, dtype: torch.dtype) -> None:
         eager = torch.autograd.grad(norm(*narrow), narrow, dy)
         if columns > 1:  # of one feature, the gradient of x is all but zero
             no_worse(relative_errors(found, exact), relative_errors(eager, exact))
+
+
+# Gradients
+
+
+@by_dtype
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_gradients_along_rows_and_columns(columns: int, dtype: torch.dtype) -> None:
+    for rows in (1, 127, 1000, 4099):
+        dy = rows_of_all_kinds(rows, columns, dtype)
+        dy[:, columns // 2] = 0
+        r = torch.rand(rows, 1, device="cuda") * 1000 + 0.1
+        codes, scale, peak = ops.quantize_gradient(dy, r)
+        all_same((codes, scale, peak), ops.quantize_gradient.plain(dy, r))
+        all_same(ops.transposed_gradient(dy, r, peak), ops.transposed_gradient.plain(dy, r, peak))
+        same(ops.transposed_activations(codes), ops.transposed_activations.plain(codes))
+
+
+def test_gradients_are_the_cpu_ones() -> None:
+    dy, r = randn(500, 3000, dtype=torch.bfloat16) * 1e-6, torch.rand(500, 1, device="cuda") * 100 + 1
+    found = ops.quantize_gradient(dy, r)
+    cpu = ops.quantize_gradient(dy.cpu(), r.cpu())
+    all_same(tuple(each.cpu() for each in found), cpu)
+    transposed = ops.transposed_gradient(dy, r, found[2])
+    all_same(tuple(each.cpu() for each in transposed), ops.transposed_gradient(dy.cpu(), r.cpu(), cpu[2]))
+
+
+@by_dtype
+def test_gradients_of_any_layout(dtype: torch.dtype) -> None:
+    r = torch.rand(48, 1, device="cuda") + 1
+    base = randn(48, 200, dtype=dtype)
+    for dy in (
+        base[:, 1:],
+        base[:, ::3],
+        randn(90, 48, dtype=dtype).t(),
+        randn(1, 64, dtype=dtype).expand(48, 64),
+    ):
+        found = ops.quantize_gradient(dy, r)
+        all_same(found, ops.quantize_gradient.plain(dy, r))
+        all_same(ops.transposed_gradient(dy, r, found[2]), ops.transposed_gradient.plain(dy, r, found[2]))
+
+
+@by_dtype
+@pytest.mark.parametrize("tokens", [16, 8192, 32768])
+@pytest.mark.parametrize(
+    "columns, out", [(2048, 9216), (2048, 256), (9216, 2048), (100, 60), (1, 1), (16, 4099)]
+)
+def test_weight_product(columns: int, out: int, tokens: int, dtype: torch.dtype) -> None:
+    z, x = (torch.randint(-127, 128, (n, tokens), device="cuda", dtype=torch.int8) for n in (out, columns))
+    z[0], x[0] = 127, -127
+    c = torch.rand(out, 1, device="cuda") * 1e6 + 1
+    same(ops.weight_product(z, c, x, dtype), ops.weight_product.plain(z, c, x, dtype))
 
 
 # More than 2**31 elements

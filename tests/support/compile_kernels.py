@@ -28,6 +28,7 @@ from axolotl_bitnet.ops.kernels import (
     activations,
     decode,
     divergence,
+    gradients,
     launch,
     matmul,
     packing,
@@ -57,9 +58,18 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         x, r, codes = empty(ROWS, columns), empty(ROWS, 1, dtype=F32), empty(ROWS, columns, dtype=torch.int8)
         yield f"quantize {columns}", lambda x=x: activations.quantize_activations(x, BF16)
         yield f"quantize {columns} float32", lambda x=x: activations.quantize_activations(x.float(), BF16)
+        if columns < 32768:
+            yield f"gradient {columns}", lambda x=x, r=r: gradients.quantize_gradient(x, r)
+            yield f"gradient {columns} float32", lambda x=x, r=r: gradients.quantize_gradient(x.float(), r)
+            yield (
+                f"gradient transposed {columns}",
+                lambda x=x, r=r: gradients.transposed_gradient(x, r, x[0].float()),
+            )
+            yield f"gradient codes {columns}", lambda c=codes: gradients.transposed_activations(c)
         yield f"dequantize {columns}", lambda c=codes, r=r: activations.dequantize_activations(c, r, BF16)
         yield f"swiglu {columns}", lambda x=x: swiglu.swiglu_quantize(x, x)
         yield f"swiglu backward {columns}", lambda x=x, r=r: swiglu.swiglu_backward(x, x, x, r)
+        yield f"swiglu codes {columns}", lambda x=x, r=r: swiglu.swiglu_backward(x, x, x, r, True)
         if columns in (2048, 3072):
             w = empty(columns)
             yield f"rmsnorm {columns}", lambda x=x, w=w: rmsnorm.rmsnorm_quantize(x, w, 1e-6, BF16)
@@ -102,6 +112,11 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
             dtype,
         )
         yield f"matmul {rows} {columns} {out} {dtype} {bias}", lambda x=x, s=scales: matmul.matmul(x, *s)
+
+    z, x = empty(9216, ROWS, dtype=torch.int8), empty(2048, ROWS, dtype=torch.int8)
+    for dtype in (F32, BF16):
+        c = empty(9216, 1, dtype=F32)
+        yield f"weight product {dtype}", lambda c=c, d=dtype: matmul.weight_product(z, c, x, d)
 
     few = [(1, BF16, BF16, each) for each in PACKED] + [(16, BF16, None, each) for each in PACKED]
     few += [(8, torch.float16, None, PACKED[0]), (5, F32, F32, PACKED[1])]
@@ -157,7 +172,9 @@ def main(arch: int, only: str) -> None:
     ) -> None:
         caught.append((kernel, args, warps, stages))
 
-    for module in (activations, decode, divergence, matmul, packing, rmsnorm, shards, swiglu, weights):
+    for module in (
+        activations, decode, divergence, gradients, matmul, packing, rmsnorm, shards, swiglu, weights,
+    ):  # fmt: skip
         module.launch = catch  # type: ignore[attr-defined]
     matmul._gpu = lambda index: (MULTIPROCESSORS[arch], arch >= 90)
     decode._multiprocessors = lambda index: MULTIPROCESSORS[arch]

@@ -13,8 +13,8 @@ No gradient flows through the scales and nothing is masked. Backward needs the c
 element), its scales, the weight Parameter itself and its absmean; a copy of the weight would pin every
 unsharded matrix under FSDP, so the codes are made again.
 
-``backward: int8_dx`` computes dX on the int8 tensor cores too: dY is quantized as activations are, a scale
-per token, and the weight is exact in int8 as it is.
+``backward`` computes dX, or both products, on the int8 tensor cores too
+(:mod:`axolotl_bitnet.layers.products`).
 
 On the way from a dense model (``ramp``, lambda < 1) both operands lie between what they were and their codes,
 ``(1 - lambda) W + lambda codes / s``, and the products are dense ones; the gradients go straight through, to
@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +34,13 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from .gathered_weight import GatheredWeight
+from .products import Backward, Inputs, OutputGradient, weight_gradient
 from .shared_input import shared_activation_codes, take_output
 from .stretch import unstretched
-from .weight_codes import dequantized_weight, ternarize, transposed_codes
+from .weight_codes import dequantized_weight, ternarize
 
 # Private to torch; without it global hooks on all modules cannot be detected.
 has_any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", None)
-
-Backward = Literal["bf16", "int8_dx"]
-"""Which products of the backward are 8-bit: none (dY's own dtype, bf16 as a rule), or that of dX."""
-
-_GRADIENT_FLOOR = 1e-30  # of a mean over many tokens, gradients lie far below the floor of activations
 
 
 class BitLinear(nn.Linear):
@@ -121,7 +117,7 @@ class _BitLinear(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         codes_x, r, *weights = ctx.saved_tensors
         needs_x, _, _, _, *needs = ctx.needs_input_grad
-        dx = x = None
+        dx, inputs = None, Inputs(codes_x, r)
         gradients: list[Tensor | None] = []
         for dy, weight, g, precision, needs_weight, needs_bias in zip(
             dys, weights, ctx.means, ctx.precisions, needs[::3], needs[1::3], strict=True
@@ -129,11 +125,11 @@ class _BitLinear(torch.autograd.Function):
             dw = db = None
             if dy is not None:
                 with no_autocast(dy):
+                    gradient = OutputGradient(dy, r, precision)
                     if needs_x:
-                        dx = input_gradient(dy, weight, g, precision, onto=dx)
+                        dx = gradient.of_input(weight, g, onto=dx)
                     if needs_weight:
-                        x = ops.dequantize_activations(codes_x, r, dy.dtype) if x is None else x
-                        dw = weight_gradient(dy, x, weight.dtype)
+                        dw = gradient.of_weight(inputs, weight.dtype)
                     if needs_bias:
                         db = dy.flatten(0, -2).sum(0) if dy.dim() > 1 else dy
             gradients += [dw, db, None]
@@ -226,31 +222,6 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 def _autocast_device(x: Tensor) -> str:
     return "cpu" if x.is_meta else x.device.type  # autocast knows no meta
-
-
-def input_gradient(
-    dy: Tensor, weight: Tensor, g: Tensor, backward: Backward, onto: Tensor | None = None
-) -> Tensor:
-    """``dY . (codes_w / s)``, (..., in_features) in dY's dtype; added to ``onto``, in place, if there is
-    one."""
-    if backward != "bf16":
-        codes, r = ops.quantize_activations(dy, dy.dtype, _GRADIENT_FLOOR)
-        dx = ops.matmul(codes, r, *transposed_codes(weight, g), None, dy.dtype)
-        return dx if onto is None else onto.add_(dx)
-    dense = dequantized_weight(weight, g, dy.dtype)
-    if onto is None:
-        return dy @ dense
-    onto.view(-1, onto.shape[-1]).addmm_(dy.reshape(-1, dy.shape[-1]), dense)  # one launch, one rounding
-    return onto
-
-
-def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dY^T . x`` summed over tokens, (out_features, in_features) as ``dtype``."""
-    rows = dy.reshape(-1, dy.shape[-1]).t()
-    x = x.reshape(-1, x.shape[-1])
-    if x.is_cuda and dtype == torch.float32 and x.dtype != dtype:
-        return torch.mm(rows, x, out_dtype=dtype)  # the accumulator as it is: no rounding, and no cast
-    return (rows @ x).to(dtype)
 
 
 def is_bare(layer: nn.Module) -> bool:

@@ -21,15 +21,13 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from .bitlinear import (
-    Backward,
     BitLinear,
     compute_dtype,
     has_any_global_hook,
-    input_gradient,
     is_bare,
     no_autocast,
-    weight_gradient,
 )
+from .products import Backward, Inputs, OutputGradient
 from .projections import has_projections, project_together
 from .shared_input import share_activation_codes, shared_activation_codes
 from .weight_codes import ternarize
@@ -157,19 +155,27 @@ class _SwiGLU(torch.autograd.Function):
         dx = dw_gate = dw_up = dw_down = None
         with no_autocast(dy):
             dy = dy.contiguous()
-            dh = input_gradient(dy, w_down, g_down, ctx.precision)
-            dgate, dup, h = ops.swiglu_backward(dh, gate, up, r_h)
+            gradient = OutputGradient(dy, r_h, ctx.precision)
+            dh = gradient.of_input(w_down, g_down)
+            as_codes = ctx.precision == "int8"
+            dgate, dup, h = ops.swiglu_backward(dh, gate, up, r_h, as_codes)
             del dh
             if needs_down:
-                dw_down = weight_gradient(dy, h, w_down.dtype)
+                inputs = Inputs(h, r_h) if as_codes else Inputs(dense=h)
+                dw_down = gradient.of_weight(inputs, w_down.dtype)
+                del inputs
             del h
-            if needs_gate or needs_up:
-                x = ops.dequantize_activations(codes_x, r, dy.dtype)
-                dw_gate = weight_gradient(dgate, x, w_gate.dtype) if needs_gate else None
-                dw_up = weight_gradient(dup, x, w_up.dtype) if needs_up else None
+            inputs = Inputs(codes_x, r)
+            gradient = OutputGradient(dgate, r, ctx.precision)
+            if needs_gate:
+                dw_gate = gradient.of_weight(inputs, w_gate.dtype)
             if needs_x:
-                dx = input_gradient(dgate, w_gate, g_gate, ctx.precision)
-                dx = input_gradient(dup, w_up, g_up, ctx.precision, onto=dx).to(ctx.x_dtype)
+                dx = gradient.of_input(w_gate, g_gate)
+            gradient = OutputGradient(dup, r, ctx.precision)
+            if needs_up:
+                dw_up = gradient.of_weight(inputs, w_up.dtype)
+            if needs_x:
+                dx = gradient.of_input(w_up, g_up, onto=dx).to(ctx.x_dtype)
         return dx, None, None, dw_gate, dw_up, dw_down, None, None
 
 

@@ -15,8 +15,9 @@ from typing import get_args
 
 from torch import nn
 
-from ..layers.bitlinear import Backward, BitLinear
+from ..layers.bitlinear import BitLinear
 from ..layers.fused_llama import fuse_layers
+from ..layers.products import Backward
 from .entry import CONFIG_KEY
 from .layer_plan import _is_auto_bitlinear, _saved_as, plan_conversion
 
@@ -33,7 +34,8 @@ def convert_to_bitlinear(
             a glob (``*.layers.0.*``).
         fuse: fuse Llama-shaped MLPs and norms with the quantization behind them
             (:func:`axolotl_bitnet.layers.fused_llama.fuse_layers`): the same codes, less traffic and memory.
-        backward: ``bf16``, or ``int8_dx`` for the gradients of the layers' inputs on int8 tensor cores.
+        backward: ``bf16``; with ``int8_dx`` gradients of the layers' inputs come from int8 tensor cores, with
+            ``int8`` those of the weights too.
 
     Returns:
         The names of the BitLinear layers.

@@ -1,8 +1,8 @@
 """The operations that BitLinear is made of, each in plain torch and as a Triton kernel with the same results.
 
 An operation takes and gives plain tensors; it knows neither layers nor models. Each is written once, in
-:mod:`~axolotl_bitnet.ops.activations`, :mod:`~axolotl_bitnet.ops.weights` or
-:mod:`~axolotl_bitnet.ops.packed`.
+:mod:`~axolotl_bitnet.ops.activations`, :mod:`~axolotl_bitnet.ops.weights`,
+:mod:`~axolotl_bitnet.ops.gradients` or :mod:`~axolotl_bitnet.ops.packed`.
 """
 
 from .activations import (
@@ -13,6 +13,14 @@ from .activations import (
     rmsnorm_quantize,
     swiglu_backward,
     swiglu_quantize,
+)
+from .gradients import (
+    GRADIENT_FLOOR,
+    MOST_TOKENS,
+    quantize_gradient,
+    transposed_activations,
+    transposed_gradient,
+    weight_product,
 )
 from .operation import has_kernels
 from .packed import packed_matmul
@@ -32,6 +40,8 @@ from .weights import (
 )
 
 __all__ = [
+    "GRADIENT_FLOOR",
+    "MOST_TOKENS",
     "ROWS_PER_BYTE",
     "ShardLayout",
     "abs_sum_parts",
@@ -44,13 +54,17 @@ __all__ = [
     "pack_shard",
     "packed_matmul",
     "quantize_activations",
+    "quantize_gradient",
     "rmsnorm_backward",
     "rmsnorm_quantize",
     "swiglu_backward",
     "swiglu_quantize",
     "ternarize",
+    "transposed_activations",
     "transposed_codes",
+    "transposed_gradient",
     "unpack_codes",
     "unpack_layer",
     "unpack_shards",
+    "weight_product",
 ]

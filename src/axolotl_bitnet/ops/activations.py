@@ -72,18 +72,24 @@ def swiglu_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 @operation(
     "swiglu",
-    lambda dh, gate, up, r: _fits(gate, gate.dtype),
-    lambda dh, gate, up, r: tuple(gate.new_empty(gate.shape) for _ in range(3)),
+    lambda dh, gate, up, r, as_codes=False: _fits(gate, gate.dtype),
+    lambda dh, gate, up, r, as_codes=False: (
+        gate.new_empty(gate.shape),
+        gate.new_empty(gate.shape),
+        gate.new_empty(gate.shape, dtype=torch.int8 if as_codes else gate.dtype),
+    ),
 )
-def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of gate and up, and ``silu(gate) * up`` as it was quantized (codes / r)."""
+def swiglu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, r: Tensor, as_codes: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gate and up, and ``silu(gate) * up`` as it was quantized: codes / r, or the int8 codes."""
     activated = silu(gate)
     codes = torch.nan_to_num((activated * up).to(torch.float32) * r, nan=0.0).round_()
     gate32 = gate.to(torch.float32)
     sigmoid = torch.sigmoid(gate32)
     dgate = dh.to(torch.float32) * up * sigmoid * (1 + gate32 * (1 - sigmoid))
     dup = dh.to(torch.float32) * activated
-    h = ternary.dequantize(codes, r, gate.dtype)
+    h = codes.to(torch.int8) if as_codes else ternary.dequantize(codes, r, gate.dtype)
     return dgate.to(gate.dtype).contiguous(), dup.to(up.dtype).contiguous(), h.contiguous()
 
 

@@ -57,10 +57,10 @@ class BitNetConfig(BaseModel):
             "description": "Fuse Llama-shaped MLPs and norms with the quantization behind them: same codes."
         },
     )
-    backward: Literal["bf16", "int8_dx"] = Field(
+    backward: Literal["bf16", "int8_dx", "int8"] = Field(
         default="bf16",
         json_schema_extra={
-            "description": "Precision of the backward's products: bf16, or int8_dx for the inputs' gradients."
+            "description": "Precision of the backward's products: bf16, int8_dx (inputs' gradients) or int8."
         },
     )
     gather: Literal["auto", "ternary", "native"] = Field(

@@ -40,7 +40,7 @@ _PLAIN: dict[str, Callable[[Any], bool]] = {
     "learning_rate_scope": _one_of("all", "ternary"),
     "latent_dtype": _one_of("float32", "bfloat16"),
     "skip_modules": _words,
-    "backward": _one_of("bf16", "int8_dx"),
+    "backward": _one_of("bf16", "int8_dx", "int8"),
     "gather": _one_of("auto", "ternary", "native"),
     "export": lambda value: _words(value) and set(value) <= FORMATS.keys(),
     **dict.fromkeys(("fuse", "monitor", "verify"), lambda value: isinstance(value, bool)),

@@ -1,9 +1,11 @@
 """int8 x ternary matrix product, scaled in the epilogue. Twin: ``matmul_codes`` and ``dequantize_output`` of
-:mod:`axolotl_bitnet.ternary`.
+:mod:`axolotl_bitnet.ternary`. And int8 x int8, for the weight's gradient; twin: ``weight_product`` of
+:mod:`axolotl_bitnet.ops.gradients`.
 
 ``y = float32(codes_x . codes_w^T) / (r s)``, then the output dtype, then the bias. The integers are exact
-(int32 holds 2**31 / 128 of columns), and the division is correctly rounded: the row's ``1 / (r s)`` and one
-correction by fused multiply-add (Markstein 1990), which costs a fraction of a division per element.
+(int32 holds 2**31 / 128 of columns, of two int8 codes 2**31 / 127**2), and the division is correctly rounded:
+the row's ``1 / (r s)`` and one correction by fused multiply-add (Markstein 1990), which costs a fraction of a
+division per element.
 
 On Hopper and later, persistent programs read and write tiles by TMA; elsewhere, and for shapes whose rows
 do not begin at 16 bytes, one program per tile reads through pointers.
@@ -57,13 +59,13 @@ def _scaled(
 def _matmul_tma(
     x_desc, w_desc, y_desc, r_ptr, s_ptr, bias_ptr, rows, out_features, columns,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    PROGRAMS: tl.constexpr, HAS_S: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = y_desc.dtype
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(out_features, BLOCK_N)
     steps = tl.cdiv(columns, BLOCK_K)
-    s = tl.load(s_ptr).to(tl.float32)
+    s = tl.load(s_ptr).to(tl.float32) if HAS_S else 1.0
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
         tile_m, tile_n = _tile(tile, tiles_m, tiles_n, GROUP)
         row = tile_m * BLOCK_M
@@ -94,7 +96,7 @@ def _matmul_tma(
 def _matmul_pointers(
     x_ptr, w_ptr, y_ptr, r_ptr, s_ptr, bias_ptr, rows, out_features, columns,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_S: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = _tile(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -109,7 +111,8 @@ def _matmul_pointers(
         w = tl.load(w_rows + (start + k)[None, :], mask=inside, other=0)
         product = tl.dot(x, w.T, product, out_dtype=tl.int32)
 
-    scale = (tl.load(r_ptr + m, mask=m < rows, other=1.0) * tl.load(s_ptr).to(tl.float32))[:, None]
+    s = tl.load(s_ptr).to(tl.float32) if HAS_S else 1.0
+    scale = (tl.load(r_ptr + m, mask=m < rows, other=1.0) * s)[:, None]
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     column = tile_n * BLOCK_N
     y = _scaled(product, scale, reciprocal(scale), bias_ptr, column, out_features, dtype, HAS_BIAS)
@@ -156,7 +159,7 @@ def _gpu(index: int) -> tuple[int, bool]:
 
 
 def matmul(
-    codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor, bias: Tensor | None, dtype: torch.dtype
+    codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """``(codes_x . codes_w^T) / (r s)`` as ``dtype``, plus the bias: (..., out_features).
 
@@ -164,7 +167,7 @@ def matmul(
         codes_x: int8 (..., K), contiguous, not empty.
         r: float32 (..., 1).
         codes_w: int8 (out_features, K), contiguous, not empty.
-        s: bfloat16 or float32 (1,).
+        s: bfloat16 or float32 (1,); None for 1.
         bias: (out_features,) or None.
         dtype: float32, bfloat16 or float16.
     """
@@ -172,7 +175,8 @@ def matmul(
     rows = r.numel()
     y = torch.empty(*codes_x.shape[:-1], out_features, dtype=dtype, device=codes_x.device)
     multiprocessors, has_tma = _gpu(codes_x.get_device())
-    key = (dtype, s.dtype, rows, out_features, columns, bias is not None and (bias.dtype, *aligned(bias)))
+    of_s, of_bias = None if s is None else s.dtype, bias is not None and (bias.dtype, *aligned(bias))
+    key = (dtype, of_s, rows, out_features, columns, of_bias)
     operands = (codes_x, r, codes_w, s, bias, y, rows)
     if has_tma and columns % 16 == 0 and out_features * dtype.itemsize % 16 == 0:
         launch_tma(*operands, key, multiprocessors, tma_tiles(rows, out_features, dtype.itemsize))
@@ -181,8 +185,19 @@ def matmul(
     return y
 
 
+def weight_product(codes_z: Tensor, c: Tensor, codes_x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(codes_z . codes_x^T) / c`` as ``dtype``: (out_features, in_features).
+
+    Args:
+        codes_z, codes_x: int8 (..., tokens), contiguous, not empty, at most 133,136 tokens.
+        c: float32 (out_features, 1).
+        dtype: float32, bfloat16 or float16.
+    """
+    return matmul(codes_z, c, codes_x, None, None, dtype)
+
+
 def launch_tma(
-    codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor, bias: Tensor | None, y: Tensor, rows: int,
+    codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor | None, bias: Tensor | None, y: Tensor, rows: int,
     key: tuple[Any, ...], multiprocessors: int, tiles: Tiles,
 ) -> None:  # fmt: skip
     out_features, columns = codes_w.shape
@@ -192,20 +207,21 @@ def launch_tma(
         Tiled(codes_x, [rows, columns], [columns, 1], [tiles.m, tiles.k]),
         Tiled(codes_w, [out_features, columns], [columns, 1], [tiles.n, tiles.k]),
         Tiled(y, [rows, out_features], [out_features, 1], [tiles.m, tiles.n // tiles.split]),
-        r, s, s if bias is None else bias, rows, out_features, columns,
-        tiles.m, tiles.n, tiles.k, _GROUP, programs, bias is not None, tiles.split,
+        r, r if s is None else s, r if bias is None else bias, rows, out_features, columns,
+        tiles.m, tiles.n, tiles.k, _GROUP, programs, s is not None, bias is not None, tiles.split,
     )  # fmt: skip
     launch(_matmul_tma, programs, y.get_device(), key, args, tiles.warps, tiles.stages)
 
 
 def launch_pointers(
-    codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor, bias: Tensor | None, y: Tensor, rows: int,
+    codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor | None, bias: Tensor | None, y: Tensor, rows: int,
     key: tuple[Any, ...], tiles: Tiles,
 ) -> None:  # fmt: skip
     out_features, columns = codes_w.shape
     programs = ceil_div(rows, tiles.m) * ceil_div(out_features, tiles.n)
     args = (
-        codes_x, codes_w, y, r, s, s if bias is None else bias, rows, out_features, columns,
-        tiles.m, tiles.n, tiles.k, _GROUP, bias is not None,
+        codes_x, codes_w, y, r, r if s is None else s, r if bias is None else bias,
+        rows, out_features, columns,
+        tiles.m, tiles.n, tiles.k, _GROUP, s is not None, bias is not None,
     )  # fmt: skip
     launch(_matmul_pointers, programs, y.get_device(), key, args, tiles.warps, tiles.stages)

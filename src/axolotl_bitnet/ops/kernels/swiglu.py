@@ -67,8 +67,9 @@ def _swiglu_forward(gate_ptr, up_ptr, codes_ptr, r_ptr, columns, CHUNK: tl.const
 
 @triton.jit
 def _swiglu_backward(
-    dh_ptr, gate_ptr, up_ptr, r_ptr, dgate_ptr, dup_ptr, h_ptr, columns, blocks, BLOCK: tl.constexpr
-):
+    dh_ptr, gate_ptr, up_ptr, r_ptr, dgate_ptr, dup_ptr, h_ptr, columns, blocks,
+    CODES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks
     column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -80,16 +81,18 @@ def _swiglu_backward(
     up = tl.load(up_ptr + place, mask=mask, other=0.0).to(tl.float32)
     r = tl.load(r_ptr + row)
     silu, denominator = _silu(gate, dtype)
-    codes = round_even(cast(silu * up, dtype).to(tl.float32) * r)
-    if dtype == tl.float32:
-        h = tl.div_rn(codes, tl.broadcast_to(r, codes.shape))
+    h = cast(silu * up, dtype).to(tl.float32)
+    if CODES:
+        h = row_codes(h, r)
+    elif dtype == tl.float32:
+        h = tl.div_rn(round_even(h * r), tl.broadcast_to(r, h.shape))
     else:
-        h = codes * reciprocal(r)
+        h = cast(round_even(h * r) * reciprocal(r), dtype)
     sigmoid = tl.where(gate < _NOTHING, 0.0, divide(tl.full(gate.shape, 1.0, tl.float32), denominator))
     dgate = dh * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     tl.store(dgate_ptr + place, cast(dgate, dtype), mask=mask)
     tl.store(dup_ptr + place, cast(dh * silu, dtype), mask=mask)
-    tl.store(h_ptr + place, cast(h, dtype), mask=mask)
+    tl.store(h_ptr + place, h, mask=mask)
 
 
 def swiglu_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,20 +112,24 @@ def swiglu_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return codes, r
 
 
-def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of gate and up, and ``h`` as the forward quantized it (codes / r): three of gate's shape.
+def swiglu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, r: Tensor, as_codes: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gate and up, and ``h`` as the forward quantized it: three of gate's shape.
 
     Args:
         dh: gradient of h, of gate's shape and dtype.
         gate, up: as in the forward.
         r: float32 (..., 1), the forward's scales.
+        as_codes: give the int8 codes of h, not codes / r.
     """
     dh, gate, up = dh.contiguous(), gate.contiguous(), up.contiguous()
     columns = gate.shape[-1]
-    dgate, dup, h = (torch.empty_like(gate) for _ in range(3))
+    dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
+    h = torch.empty_like(gate, dtype=torch.int8 if as_codes else gate.dtype)
     block = min(1024, power_of_2(columns))
     blocks = ceil_div(columns, block)
-    key = (gate.dtype, columns, *aligned(dh, gate, up))
-    args = (dh, gate, up, r, dgate, dup, h, columns, blocks, block)
+    key = (gate.dtype, columns, as_codes, *aligned(dh, gate, up))
+    args = (dh, gate, up, r, dgate, dup, h, columns, blocks, as_codes, block)
     launch(_swiglu_backward, r.numel() * blocks, gate.get_device(), key, args, warps=4)
     return dgate, dup, h

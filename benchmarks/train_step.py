@@ -126,7 +126,7 @@ def main() -> None:
     args = parser.parse_args()
 
     print(gpu := machine())
-    results: list[dict[str, Any]] = read_csv(args.out) if args.append else []
+    results: list[dict[str, Any]] = read_csv(args.out) if args.append and args.out.exists() else []
     for row, help, latents, peer in itertools.product(args.rows, args.helps, args.latents, args.peers):
         if latents == "float32" and peer in PEERS[2:]:
             continue  # their training is bfloat16

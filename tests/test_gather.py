@@ -34,6 +34,9 @@ def shard(
 ) -> nn.Sequential:
     """The model of support.sharded, sharded by blocks; ``gather`` as in the config."""
     built = build(model.get("latents", torch.float32), model.get("checkpointed", False))
+    for module in built.modules():
+        if isinstance(module, BitLinear):
+            module.backward = model.get("backward", "bf16")
     settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard}
     if policy is not None:
         settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=policy)
@@ -286,6 +289,7 @@ CASES: dict[str, tuple[int, Callable[[], Any]]] = {  # name: processes, what the
     "computing in bfloat16": (2, lambda: either(policy=torch.bfloat16)),
     "not resharded after the forward": (2, lambda: either(policy=torch.bfloat16, reshard=False)),
     "activation checkpointing": (2, lambda: either(checkpointed=True)),
+    "an 8-bit backward": (2, lambda: either(checkpointed=True, backward="int8")),
     "accumulation": (2, lambda: either(micro_batches=3)),
     "accumulation, gradients reduced at the end": (2, lambda: either(micro_batches=3, sync_last=True)),
     "accumulation, bytes kept": (2, lambda: either(micro_batches=3, window=True, checkpointed=True)),

@@ -224,12 +224,17 @@ def test_a_base_that_cannot_work_is_refused_before_its_weights_are_read(
 def test_torch_compile_trains_as_eager_does(base: Path, tmp_path: Path) -> None:
     """The same data and seed: only what the compiler fuses around our operations may round otherwise."""
     from accelerate.state import AcceleratorState
+    from accelerate.utils import is_compiled_module
 
     losses = []
     for compiled in (False, True):
         folder = tmp_path / str(compiled)
         folder.mkdir()
-        losses.append(train(config(folder, base, torch_compile=compiled or None, max_steps=4)).losses)
+        run = train(config(folder, base, torch_compile=compiled or None, max_steps=4))
+        losses.append(run.losses)
+        layers = run.trainer.model.base_model.layers
+        assert ["forward" in vars(layer) for layer in layers] == [compiled] * len(layers)
+        assert not is_compiled_module(run.trainer.model_wrapped)  # not once more, as a whole
         torch.compiler.reset()
     for key in [key for key in os.environ if key.startswith("ACCELERATE_DYNAMO_")]:
         del os.environ[key]  # Axolotl sets them for good, and Accelerate remembers:

@@ -49,24 +49,19 @@ def watch(
     return callbacks
 
 
-def compiler_settings(cfg: Any) -> dict[str, Any] | None:
-    """What ``torch.compile`` is given for each layer; None where layers are not compiled one by one."""
-    whole = cfg.deepspeed or (cfg.fsdp_config and str(cfg.fsdp_version) != "2")  # by those themselves
-    if not cfg.torch_compile or whole:
-        return None
-    settings = {"backend": cfg.torch_compile_backend, "mode": cfg.torch_compile_mode}
-    return {key: value for key, value in settings.items() if value}
-
-
 def compiling(cfg: Any, trainer: Any) -> list[Any]:
-    """The callback that compiles layers, for a run with ``torch_compile``."""
+    """The callback that compiles layers, for a run with ``torch_compile``. Accelerate would compile the
+    whole model, and is told not to; under FSDP1 and DeepSpeed it does as before."""
+    if not cfg.torch_compile or cfg.deepspeed or (cfg.fsdp_config and str(cfg.fsdp_version) != "2"):
+        return []
+    from accelerate.utils import DynamoBackend
+
     from ..training.layer_compile import CompileLayers
 
-    settings = compiler_settings(cfg)
-    if settings is None:
-        return []
+    trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
     ask_before_the_layers(trainer.model)
-    return [CompileLayers(**settings)]
+    settings = {"backend": cfg.torch_compile_backend, "mode": cfg.torch_compile_mode}
+    return [CompileLayers(**{key: value for key, value in settings.items() if value})]
 
 
 def gathering(cfg: Any, trainer: Any, wish: str) -> list[Any]:

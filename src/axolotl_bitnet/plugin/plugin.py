@@ -34,7 +34,7 @@ from ..training.trainer_save import forget_before_saving
 from .args import BitNetConfig
 from .artifacts import refuse_taken, set_aside
 from .base_model import check_base, holds_latents, local_folder, lost_head, unplaced_tensors
-from .callbacks import compiler_settings, compiling, gathering, watch
+from .callbacks import compiling, gathering, watch
 from .finish import export_run
 from .hub import Repository, repository_of
 from .refusals import launch_refusal, rounds_stochastically
@@ -155,12 +155,6 @@ class BitNetPlugin(BasePlugin):
             cfg.lr_groups = [*(cfg.lr_groups or []), group]
             reach = f"BitLinear weights; everything else {base:g}"
         info("learning rate: base %g x multiplier %g = effective %g (%s)", base, multiplier, effective, reach)
-
-    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
-        """Layers are compiled one by one; the Trainer would compile the whole model."""
-        if not cfg.use_onebitllms or compiler_settings(cfg) is None:
-            return None
-        return {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: torch.nn.Module) -> list[Any]:
         if not cfg.use_onebitllms:

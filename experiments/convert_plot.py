@@ -21,8 +21,7 @@ NAMES = {
     "docs-ramp": ("ternary, ramp alone", "#e37400"),
     "docs-half-4k": ("ternary, base as teacher, 4k tokens a step", "#1a73e8"),
     "docs-half-2k": ("the same, 2k tokens a step", "#8ab4f8"),
-    "docs-half-8k": ("the same, 8k tokens a step", "#174ea6"),
-    "docs-tuned-8k": ("ternary, fine-tuned teacher, 8k tokens a step", "#188038"),
+    "docs-tuned-8k": ("ternary, fine-tuned teacher", "#188038"),
 }
 
 
@@ -77,7 +76,7 @@ def plot_tokens(points: Rows) -> None:
         axis.set_xlabel("million tokens")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[3].legend(fontsize=8, loc="upper right")
     save(figure, "convert-tokens.png")
 
 

@@ -1,6 +1,6 @@
 """What came of a run of the study: packed, verified, and asked ten questions beside the dense model.
 
-    python experiments/convert_show.py MODEL WORK/base WORK/docs-best OUT
+    python experiments/convert_show.py MODEL WORK/base WORK/docs-tuned-8k OUT
 
 MODEL is the folder with the GGUF file, whose tokenizer both get. OUT gets ``packed`` and ``model.gguf``
 (Q2_0), both verified against the latents, and ``prompts.json``: the most likely 32 tokens after each of the

@@ -203,7 +203,7 @@ def test_both_paths_of_the_product(rows: int) -> None:
     codes_w, s, _ = ops.ternarize.plain(torch.randn(640, 2560, device="cuda") * 0.02)
     codes_x, r = rows_codes(rows, 2560)
     expected = scaled(integers(codes_x, codes_w), r, s, None, torch.bfloat16)
-    multiprocessors, has_tma = kernel._gpu(0)
+    multiprocessors, has_tma, _ = kernel._gpu(0)
     y = torch.full_like(expected, math.nan)
     key = ("pointers alone", rows)
     kernel.launch_pointers(codes_x, r, codes_w, s, None, y, rows, key, kernel.pointer_tiles(rows))

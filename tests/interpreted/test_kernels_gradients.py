@@ -56,7 +56,9 @@ def test_poison_stays_in_its_column_and_its_row(bad: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("out, tokens, columns", [(1, 16, 1), (48, 32, 80), (33, 1040, 64), (17, 48, 9)])
+@pytest.mark.parametrize(
+    "out, tokens, columns", [(1, 16, 1), (48, 32, 80), (33, 1040, 64), (17, 48, 9), (150, 272, 600)]
+)
 def test_product(out: int, tokens: int, columns: int, dtype: torch.dtype) -> None:
     """Through TMA where the shape allows it, and through pointers; the extremes of int8 among the codes."""
     z = torch.randint(-127, 128, (out, tokens), dtype=torch.int8)

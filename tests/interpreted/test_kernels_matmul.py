@@ -106,7 +106,7 @@ def test_rows_of_16_bytes_go_by_tma(
     monkeypatch.setattr(kernel, "launch_tma", lambda *_: taken.append("tma"))
     monkeypatch.setattr(kernel, "launch_pointers", lambda *_: taken.append("pointers"))
     kernel.matmul(*operands(3, columns, out_features), None, dtype)
-    monkeypatch.setattr(kernel, "_gpu", lambda _: (100, False))
+    monkeypatch.setattr(kernel, "_gpu", lambda _: (100, False, False))
     kernel.matmul(*operands(3, columns, out_features), None, dtype)
     assert taken == [path, "pointers"]
 

@@ -176,7 +176,7 @@ def main(arch: int, only: str) -> None:
         activations, decode, divergence, gradients, matmul, packing, rmsnorm, shards, swiglu, weights,
     ):  # fmt: skip
         module.launch = catch  # type: ignore[attr-defined]
-    matmul._gpu = lambda index: (MULTIPROCESSORS[arch], arch >= 90)
+    matmul._gpu = lambda index: (MULTIPROCESSORS[arch], arch >= 90, arch == 90)
     decode._multiprocessors = lambda index: MULTIPROCESSORS[arch]
     tiles: list[matmul.Tiles] = []
     for name in ("launch_tma", "launch_pointers"):

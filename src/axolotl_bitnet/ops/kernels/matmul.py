@@ -149,17 +149,25 @@ def pointer_tiles(rows: int) -> Tiles:
     return Tiles(32, 64, 64, 4, 4) if rows <= 64 else Tiles(128, 128, 64, 3, 8)
 
 
+def sum_tiles(out_features: int, in_features: int, itemsize: int, roomy: bool) -> Tiles:
+    """For a sum over many tokens: in float32, larger tiles, of which one fits a multiprocessor. Its store is
+    rare, so nothing need run beside it (benchmarks/results/weight_product.csv, an H200)."""
+    if roomy and itemsize > 2 and out_features > 64 and in_features > 512:
+        return Tiles(128, 256, 128, 3, 8, 2)
+    return tma_tiles(out_features, in_features, itemsize)
+
+
 @cache
-def _gpu(index: int) -> tuple[int, bool]:
-    """Multiprocessors, and whether there is TMA."""
+def _gpu(index: int) -> tuple[int, bool, bool]:
+    """Multiprocessors, whether there is TMA, and whether a program may have 227 KiB of shared memory."""
     if index < 0:
-        return 2, True  # the interpreter
+        return 2, True, True  # the interpreter
     properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.major >= 9
+    return properties.multi_processor_count, properties.major >= 9, properties.major in (9, 10)
 
 
 def matmul(
-    codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """``(codes_x . codes_w^T) / (r s)`` as ``dtype``, plus the bias: (..., out_features).
 
@@ -167,19 +175,27 @@ def matmul(
         codes_x: int8 (..., K), contiguous, not empty.
         r: float32 (..., 1).
         codes_w: int8 (out_features, K), contiguous, not empty.
-        s: bfloat16 or float32 (1,); None for 1.
+        s: bfloat16 or float32 (1,).
         bias: (out_features,) or None.
         dtype: float32, bfloat16 or float16.
     """
+    return _matmul(codes_x, r, codes_w, s, bias, dtype, None)
+
+
+def _matmul(
+    codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
+    tiles: Tiles | None,
+) -> Tensor:  # fmt: skip
     out_features, columns = codes_w.shape
     rows = r.numel()
     y = torch.empty(*codes_x.shape[:-1], out_features, dtype=dtype, device=codes_x.device)
-    multiprocessors, has_tma = _gpu(codes_x.get_device())
+    multiprocessors, has_tma, _ = _gpu(codes_x.get_device())
     of_s, of_bias = None if s is None else s.dtype, bias is not None and (bias.dtype, *aligned(bias))
     key = (dtype, of_s, rows, out_features, columns, of_bias)
     operands = (codes_x, r, codes_w, s, bias, y, rows)
     if has_tma and columns % 16 == 0 and out_features * dtype.itemsize % 16 == 0:
-        launch_tma(*operands, key, multiprocessors, tma_tiles(rows, out_features, dtype.itemsize))
+        tiles = tiles or tma_tiles(rows, out_features, dtype.itemsize)
+        launch_tma(*operands, (*key, tiles), multiprocessors, tiles)
     else:
         launch_pointers(*operands, key, pointer_tiles(rows))
     return y
@@ -193,7 +209,9 @@ def weight_product(codes_z: Tensor, c: Tensor, codes_x: Tensor, dtype: torch.dty
         c: float32 (out_features, 1).
         dtype: float32, bfloat16 or float16.
     """
-    return matmul(codes_z, c, codes_x, None, None, dtype)
+    roomy = _gpu(codes_z.get_device())[2]
+    tiles = sum_tiles(codes_z.shape[0], codes_x.shape[0], dtype.itemsize, roomy)
+    return _matmul(codes_z, c, codes_x, None, None, dtype, tiles)
 
 
 def launch_tma(

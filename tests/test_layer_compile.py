@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from axolotl_bitnet import convert_to_bitlinear
 from axolotl_bitnet.training.checkpoint_once import checkpoint_once
 from axolotl_bitnet.training.layer_compile import compile_layers
+from axolotl_bitnet.training.ramp import set_ramp
 from support.models import tiny_model
 from support.sharded import in_ranks
 
@@ -118,6 +119,23 @@ def test_what_a_checkpoint_forgets_is_computed_again() -> None:
         gradients(model)
     counts = {event.key: event.count for event in profiled.key_averages()}
     assert counts["axolotl_bitnet::matmul"] == 3 * (7 + 6)
+
+
+@pytest.mark.slow
+def test_compiled_anew_when_a_ramp_ends_and_without_gradients() -> None:
+    model = ternary(layers=2)
+    wrap(model)
+    plain = copy.deepcopy(model)
+    compile_layers(model, backend="aot_eager", fullgraph=True)
+    for value in (0.3, 0.6, 1.0):
+        for each in (model, plain):
+            set_ramp(each, value)
+        for one, other in zip(gradients(model), gradients(plain), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        ids = torch.randint(3, 128, (3, 17))
+        with torch.no_grad():
+            one, other = (each(ids, use_cache=False).logits for each in (model, plain))
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_without_such_layers() -> None:

@@ -26,6 +26,7 @@ from axolotl_bitnet.storage import safetensors_stream as stream
 from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
 from axolotl_bitnet.storage.safetensors_stream import INDEX
 from support import TINY
+from support.marks import slow_but
 from support.stored import Build, contents, edit_config, trained
 from support.zoo import every_format
 
@@ -254,7 +255,7 @@ def limited(action: Callable[[], Any], limit: int) -> bytes:
 
 
 @every_format
-@pytest.mark.parametrize("limit", [0, 3000, 200_000])
+@pytest.mark.parametrize("limit", slow_but(1, [3000, 0, 200_000]))
 def test_file_size_limit(entry: Row, limit: int, source: Path, tmp_path: Path) -> None:
     """In the header, and in the middle of the tensors."""
     out = tmp_path / "out" / entry.path

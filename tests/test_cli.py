@@ -256,6 +256,7 @@ def test_embeddings_of_a_gguf_file(whole_run: Path, tmp_path: Path) -> None:
     assert code == 2 and "q8_0" in output
 
 
+@pytest.mark.slow
 def test_verify_as_json(whole_run: Path, tmp_path: Path) -> None:
     outcome = _json("verify", whole_run / "packed", "--json", "-p", "Once", "--prompt", "Twice upon")
     assert outcome["ok"] is True and outcome["layers"] == 7

@@ -29,6 +29,7 @@ from axolotl_bitnet.ternary import dequantize, ternarize
 from axolotl_bitnet.verify.verify import verify_checkpoint
 from support.llamacpp import LlamaCpp
 from support.llamas import LLAMA3, YARN, build, save
+from support.marks import slow_but
 from support.stored import edit, edit_config
 
 IDS = (torch.arange(300) * 37 % 500 + 3) % 512
@@ -130,7 +131,9 @@ def in_time() -> Iterator[None]:
     print(f"{time.perf_counter() - start:.0f} s")
 
 
-@pytest.mark.parametrize(("family", "rope", "head"), CASES, ids=[" ".join(case) for case in CASES])
+@pytest.mark.parametrize(
+    ("family", "rope", "head"), slow_but(3, CASES), ids=[" ".join(case) for case in CASES]
+)
 def test_every_export_computes_what_trained(family: str, rope: str, head: str, tmp_path: Path) -> None:
     model, latents = trained(family, rope, head, tmp_path)
     ternary = logits(in_bfloat16(model))

@@ -64,12 +64,14 @@ def test_there_are_commands_to_run() -> None:
     assert len(COMMANDS) >= 10
 
 
+SECONDS = re.compile("^python|axolotl-bitnet (verify|report) ")
+"""Commands that take seconds."""
+
+
 @pytest.mark.parametrize(
     ("document", "command"),
     [
-        pytest.param(
-            *found, marks=[pytest.mark.slow, pytest.mark.once] if found[1].startswith("python") else ()
-        )
+        pytest.param(*found, marks=[pytest.mark.slow, pytest.mark.once] if SECONDS.search(found[1]) else ())
         for found in COMMANDS
     ],
 )

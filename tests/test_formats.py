@@ -89,6 +89,7 @@ def test_config_command_line_and_card_know_the_same_formats() -> None:
     assert all(Path(entry.path).parts[0] in FOLDERS and ".." not in entry.path for entry in FORMATS.values())
 
 
+@pytest.mark.slow
 def test_a_format_is_imported_when_it_is_used() -> None:
     """Validating a config, and the command line's help, import none."""
     code = (

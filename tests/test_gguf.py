@@ -44,6 +44,7 @@ from axolotl_bitnet.storage.safetensors_stream import SINGLE, Entry, Safetensors
 from axolotl_bitnet.ternary import EPSILON, scale_of
 from support import ROOT, TINY
 from support.llamas import VARIANTS, YARN, build, save
+from support.marks import slow_but
 from support.processes import python
 
 gguf = pytest.importorskip("gguf")
@@ -162,7 +163,7 @@ def same_model(found: GGUFCheckpoint, source: LatentCheckpoint) -> None:
 
 
 @pytest.mark.parametrize("type", BLOCK_BYTES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_but(4, VARIANTS))
 def test_a_file_is_the_model(tmp_path: Path, variant: str, type: str) -> None:
     """With random scales; codes and s exactly, norms and biases exactly, the rest rounded to bfloat16."""
     family, options = VARIANTS[variant]

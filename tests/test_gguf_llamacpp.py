@@ -19,6 +19,7 @@ from axolotl_bitnet.formats.gguf import metadata
 from support import TINY
 from support.llamacpp import LlamaCpp
 from support.llamas import VARIANTS, build, save
+from support.marks import slow_but
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -44,7 +45,7 @@ def errors(model: nn.Module, file: Path) -> list[float]:
 OFF = 0.07
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_but(3, VARIANTS))
 def test_llama_cpp_computes_the_trained_model(tmp_path: Path, variant: str) -> None:
     family, options = VARIANTS[variant]
     model = build(family, **options)
@@ -53,7 +54,7 @@ def test_llama_cpp_computes_the_trained_model(tmp_path: Path, variant: str) -> N
 
 
 @pytest.mark.parametrize("type", TYPES)
-@pytest.mark.parametrize("embeddings", ["f16", "q8_0"])
+@pytest.mark.parametrize("embeddings", slow_but(1, ["f16", "q8_0"]))
 def test_other_types_compute_the_same(tmp_path: Path, type: str, embeddings: str) -> None:
     model = build(hidden_size=512)
     latents = save(model, tmp_path / "latents")

@@ -142,6 +142,7 @@ def test_the_next_window_sees_what_the_optimizer_did(
             assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_the_next_window_sees_what_an_8_bit_optimizer_did() -> None:
     optimizers = pytest.importorskip("torchao.optim")
     layer = BitLinear(256, 64, bias=False)

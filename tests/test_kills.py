@@ -99,6 +99,7 @@ def test_killed_while_finishing(
     assert deaths > 20 and verified > 0 and refused > 10
 
 
+@pytest.mark.slow
 def test_killed_while_packing_over_an_older_one(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     """By hand, with --overwrite: the name is the old one's, the new one's, or for an instant nobody's."""
     out, packed = tmp_path / "out", tmp_path / "packed"

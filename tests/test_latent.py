@@ -25,6 +25,7 @@ from axolotl_bitnet.storage.atomic import CheckpointError, read_json, write_json
 from axolotl_bitnet.storage.parallel import row_ranges
 from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from axolotl_bitnet.ternary import ternarize
+from support.marks import slow_but
 
 SKIPPED = ["model.layers.0.self_attn", "model.layers.1.mlp.down_proj"]
 
@@ -44,7 +45,7 @@ def saved(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, **
 
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "40KB"}], ids=["single", "shards"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("elements", [100, 1 << 22])
+@pytest.mark.parametrize("elements", slow_but(1, [1 << 22, 100]))
 def test_codes_scales_and_fingerprint_are_the_model_s(
     model: nn.Module,
     tmp_path: Path,

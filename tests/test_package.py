@@ -41,6 +41,7 @@ def _run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_it_works_without_axolotl_and_triton() -> None:
     _run(ALONE)
 
@@ -82,6 +83,7 @@ def test_commands_that_need_no_torch_do_not_import_it(arguments: list[str], tmp_
     assert _heavy(f"from axolotl_bitnet.cli.main import main; main({words}, standalone_mode=False)") == []
 
 
+@pytest.mark.slow
 def test_a_report_of_a_run_without_artifacts_needs_no_torch(tmp_path: Path) -> None:
     """Such as one that still trains. With artifacts, their formats, which import it, say how they are run."""
     pytest.importorskip("matplotlib")
@@ -111,6 +113,7 @@ def _heavy(code: str) -> list[str]:
     return _run(f"{code}\n{report}").splitlines()[-1].split()[1:]
 
 
+@pytest.mark.slow
 def test_the_wheel_carries_code_and_recipes(tmp_path: Path) -> None:
     pytest.importorskip("build")
     pytest.importorskip("hatchling")

@@ -232,6 +232,7 @@ def with_rounded_rest(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_logits_are_the_trained_model_s(zoo: Zoo, case: str) -> None:
     """To the bit, in float32, in a process that has never heard of this package."""
     trained = logits(with_rounded_rest(zoo.models[case]))

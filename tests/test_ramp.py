@@ -19,6 +19,7 @@ from axolotl_bitnet.model.entry import CONFIG_KEY
 from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.training.ramp import RampSchedule, fully_ternary, lambda_at, ramping, set_ramp
 from support.layers import run
+from support.marks import slow_but
 
 Model = Callable[..., nn.Module]
 IDS = torch.arange(3, 35).view(2, 16)
@@ -55,7 +56,7 @@ def test_a_layer_against_the_formula(shape: tuple[int, ...], bias: bool, value: 
         torch.testing.assert_close(layer.bias.grad.double(), rows.sum(0), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2"])
+@pytest.mark.parametrize("family", slow_but(1, ["Llama", "Qwen3", "Gemma2"]))
 def test_at_0_a_model_is_the_dense_one_and_at_1_exactly_the_ternary_one(
     tiny_model: Model, family: str
 ) -> None:

@@ -19,6 +19,7 @@ from axolotl_bitnet.report.draw import _LIGHT, _curves
 from axolotl_bitnet.report.record import HIDDEN, redact
 from axolotl_bitnet.report.run_files import Run, TrainedLayer, read_run, row_and_column
 from support import reports
+from support.marks import slow_but
 from support.reports import Page, loads, page_of
 
 pytestmark = [
@@ -29,6 +30,7 @@ pytestmark = [
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.slow
 def test_a_whole_run(tmp_path: Path) -> None:
     page = page_of(reports.whole(tmp_path / "my-run"))
     assert page.figures == {
@@ -143,7 +145,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("bad", HOSTILE)
+@pytest.mark.parametrize("bad", slow_but(1, HOSTILE))
 def test_hostile_names_are_text(tmp_path: Path, bad: str) -> None:
     layer = f"model.layers.0.{bad.replace('.', '')}"
     entries = [{"step": 1, "loss": 1.0, f"bitnet/scale_drift/{bad}": 0.1, f"other {bad}": 1.5}]
@@ -225,6 +227,7 @@ def test_only_proof_is_left(tmp_path: Path) -> None:
     assert "✓ Verified" in page.text and "Course" not in page.text and "nan" not in page.text.lower()
 
 
+@pytest.mark.slow
 def test_a_killed_run_has_the_log_of_its_last_checkpoint(tmp_path: Path) -> None:
     folder = reports.write(tmp_path / "run", run=reports.record([], finished=None))
     for step in (9, 10, 20):
@@ -238,6 +241,7 @@ def test_a_killed_run_has_the_log_of_its_last_checkpoint(tmp_path: Path) -> None
     assert page.figures == {"loss", "learning-rate", "gradient-norm", "throughput", "memory"}
 
 
+@pytest.mark.slow
 def test_an_earlier_runs_files_are_not_this_runs(tmp_path: Path) -> None:
     folder = reports.write(tmp_path / "run", run=reports.record([], finished=None))
     reports.write(folder / "checkpoint-9", trainer_state={"log_history": reports.log(9), "global_step": 9})
@@ -275,6 +279,7 @@ def test_a_preference_run_without_evaluation_and_monitor(tmp_path: Path) -> None
     assert "pairs ranked right 50 %" in page.text and "evaluation" not in page.text
 
 
+@pytest.mark.slow
 def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> None:
     entries = reports.log(6, monitor=False)
     entries[1]["loss"] = math.nan
@@ -287,7 +292,7 @@ def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"log": 5, "config": [], "versions": 3, "artifacts": 7}']
+    "text", slow_but(1, ["{", "", "[]", "null", '{"log": 5, "config": [], "versions": 3, "artifacts": 7}'])
 )
 @pytest.mark.parametrize("name", ["run", "bitnet", "monitor"])
 def test_damaged_files_are_named_and_left_out(tmp_path: Path, name: str, text: str) -> None:
@@ -298,6 +303,7 @@ def test_damaged_files_are_named_and_left_out(tmp_path: Path, name: str, text: s
     assert not loads(page)
 
 
+@pytest.mark.slow
 def test_damaged_values_are_left_out(tmp_path: Path) -> None:
     odd: list[Any] = [None, "x", True, [], {}, -1, 0, "1e5"]
     for value in odd:
@@ -359,6 +365,7 @@ def test_without_verification_nothing_is_claimed(tmp_path: Path) -> None:
     assert "– Not verified" in page.text and "✓" not in page.text
 
 
+@pytest.mark.slow
 def test_long_logs_are_thinned_not_cut(tmp_path: Path) -> None:
     entries = [{"step": s, "loss": float(s % 2)} for s in range(1, 10_001)]
     run = read_run(reports.write(tmp_path / "run", run=reports.record(entries)))

@@ -27,6 +27,7 @@ from axolotl_bitnet.storage.atomic import CheckpointError, read_json
 from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from axolotl_bitnet.ternary import dequantize, scale_of, ternarize
 from support import TINY
+from support.marks import slow_but
 from support.stored import IDS, Build, by_hand, codes_and_scales, edit, edit_config, save, trained
 
 
@@ -177,7 +178,7 @@ def test_codes_and_scales_are_the_stored_ones(tiny_model: Build, tmp_path: Path,
                 assert torch.equal(tensor, packed[key]), key
 
 
-@pytest.mark.parametrize("case", ["ours", "onebitllms", "microsoft", "prequantized"])
+@pytest.mark.parametrize("case", slow_but(1, ["ours", "onebitllms", "microsoft", "prequantized"]))
 def test_it_computes_what_the_source_does_and_trains(tiny_model: Build, tmp_path: Path, case: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -210,7 +211,7 @@ def test_it_computes_what_the_source_does_and_trains(tiny_model: Build, tmp_path
     assert any(not torch.equal(codes, before[n][0]) for n, (codes, _) in codes_and_scales(model).items())
 
 
-@pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
+@pytest.mark.parametrize("density", slow_but(1, [0.3, 0.02, 1.0]))
 def test_odd_shapes_and_every_mantissa(tmp_path: Path, density: float) -> None:
     tensors, expected = {}, {}
     for index in range(128):
@@ -256,7 +257,7 @@ def test_tensors_of_other_dtypes_are_kept(tiny_model: Build, tmp_path: Path) -> 
     assert config["dtype"] == "float32" and "torch_dtype" not in config
 
 
-@pytest.mark.parametrize("kind", ["tq2_0", "tq1_0", "q2_0"])
+@pytest.mark.parametrize("kind", slow_but(1, ["tq2_0", "tq1_0", "q2_0"]))
 def test_from_gguf(tiny_model: Build, tmp_path: Path, kind: str) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed")
     from transformers import AutoTokenizer

@@ -36,6 +36,7 @@ def _batches(study: Any, vocabulary: int) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["dense", "ternary"])
+@pytest.mark.slow
 def test_a_run_is_plain_training(
     study: Any, tiny_model: Callable[..., nn.Module], monkeypatch: Any, tmp_path: Path, kind: str
 ) -> None:

@@ -18,6 +18,7 @@ from axolotl_bitnet.storage.atomic import CheckpointError
 from axolotl_bitnet.verify.logits import PROMPTS
 from axolotl_bitnet.verify.report import VerificationReport
 from axolotl_bitnet.verify.verify import verify_checkpoint
+from support.marks import slow_but
 from support.stored import edit_config
 from support.zoo import (
     HAS_GGUF,
@@ -57,7 +58,7 @@ def test_untouched(run: Path, tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", slow_but(1, range(6)))
 def test_one_flipped_code(run: Path, tmp_path: Path, kind: str, seed: int) -> None:
     artifact, reference = copy_of(run, kind, tmp_path)
     flip_code(artifact, kind, random.Random(f"{kind} {seed}"))
@@ -67,7 +68,7 @@ def test_one_flipped_code(run: Path, tmp_path: Path, kind: str, seed: int) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", slow_but(1, range(2)))
 def test_one_changed_scale(run: Path, tmp_path: Path, kind: str, seed: int) -> None:
     artifact, reference = copy_of(run, kind, tmp_path)
     change_scale(artifact, kind, random.Random(f"{kind} {seed}"))
@@ -133,6 +134,7 @@ def test_only_a_fingerprint_says_what_was_not_checked(run: Path, tmp_path: Path)
     assert itself.ok and verdicts(itself)["config"] == "not checked"
 
 
+@pytest.mark.slow
 def test_an_artifact_is_a_reference_too(run: Path, tmp_path: Path) -> None:
     """Latents restored from a packed model, compared with that model."""
     latents = restore_latents(run / "packed", tmp_path / "latents")
@@ -141,6 +143,7 @@ def test_an_artifact_is_a_reference_too(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["packed", "dense"])
+@pytest.mark.slow
 def test_it_runs_as_trained(run: Path, kind: str) -> None:
     report = verify_checkpoint(run / FORMATS[kind].path, run, PROMPTS)
     found = verdicts(report)
@@ -148,6 +151,7 @@ def test_it_runs_as_trained(run: Path, kind: str) -> None:
     assert found.get("8-bit activations") == {"packed": None, "dense": "not checked"}[kind]
 
 
+@pytest.mark.slow
 def test_a_model_that_runs_otherwise_is_found(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stored the same, but transformers computes another: here, with one value of the embedding changed."""
     from axolotl_bitnet.verify import logits as running
@@ -167,6 +171,7 @@ def test_a_model_that_runs_otherwise_is_found(run: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(not HAS_GGUF, reason="needs the gguf package")
+@pytest.mark.slow
 def test_gguf_in_llama_cpp(run: Path) -> None:
     pytest.importorskip("xllamacpp")
     report = verify_checkpoint(run / FORMATS["gguf-tq2_0"].path, run, PROMPTS)
@@ -194,7 +199,7 @@ def test_the_reference_for_other_tensors_may_be_rounded_once_more(run: Path, tmp
 # What a program says of an artifact, and models with code of their own
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", slow_but(2, MADE))
 def test_whatever_a_program_raises_is_a_failed_check(
     run: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

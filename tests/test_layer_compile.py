@@ -106,7 +106,7 @@ def test_one_graph_serves_all_layers(checkpointed: str | None) -> None:
     assert compile_layers(model, backend=backend, fullgraph=True) == 3
     for one, other in zip(gradients(model), gradients(plain), strict=True):
         torch.testing.assert_close(one, other)
-    assert graphs == 1 and list(model.state_dict()) == names
+    assert graphs == 2 and list(model.state_dict()) == names  # the other is the loss
 
 
 def test_what_a_checkpoint_forgets_is_computed_again() -> None:
@@ -136,6 +136,25 @@ def test_compiled_anew_when_a_ramp_ends_and_without_gradients() -> None:
         with torch.no_grad():
             one, other = (each(ids, use_cache=False).logits for each in (model, plain))
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_compiled_loss_keeps_no_logits_in_float32(compiled: bool) -> None:
+    model = ternary(layers=1)
+    if compiled:
+        compile_layers(model, backend="aot_eager_decomp_partition", fullgraph=True)
+    logits = torch.randn(2, 24, 128, dtype=torch.bfloat16, requires_grad=True)
+    labels, kept = torch.randint(128, (2, 24)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        loss = model.loss_function(logits=logits, labels=labels, vocab_size=128, num_items_in_batch=46)
+    large = [x for x in kept if x.numel() == logits.numel() and x.dtype == torch.float32]
+    assert (not large) == compiled
+    loss.backward()
+    expected = torch.nn.functional.cross_entropy(
+        logits.detach()[:, :-1].reshape(-1, 128).float(), labels[:, 1:].reshape(-1), reduction="sum"
+    )
+    torch.testing.assert_close(loss.detach(), expected / 46)
+    assert logits.grad is not None and logits.grad.abs().max() > 0
 
 
 def test_a_model_without_such_layers() -> None:

@@ -1,4 +1,4 @@
-"""``torch_compile: true`` compiles each layer on its own, its checkpoint inside.
+"""``torch_compile: true`` compiles each layer on its own, its checkpoint inside; and the loss.
 
 A small step waits for Python: it calls every operation of every layer, forward, again, and backward. A
 compiled layer is two calls. A compiler that is given the whole model meets FSDP2's hooks, and attention that
@@ -25,9 +25,9 @@ from .log import info, warn
 _KEEPS_WHAT_FUNCTIONS_COMPUTE = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
 
-def compile_layers(model: nn.Module, **settings: Any) -> int:
-    """Compile the forward of each layer of a transformers model, in place. A checkpoint that wraps the layer
-    moves inside; hooks, and transformers' own gradient checkpointing, stay outside.
+def compile_layers(model: Any, **settings: Any) -> int:
+    """Compile the forward of each layer of a transformers model, in place, and the model's loss. A checkpoint
+    that wraps a layer moves inside; hooks, and transformers' own gradient checkpointing, stay outside.
 
     Args:
         settings: for ``torch.compile``.
@@ -53,6 +53,8 @@ def compile_layers(model: nn.Module, **settings: Any) -> int:
             forward = partial(checkpoint, forward)
         layer.forward = torch.compile(_called(forward), **settings)
         count += 1
+    if count and hasattr(model, "loss_function"):  # keeps no logits in float32
+        model.loss_function = torch.compile(model.loss_function, **settings)
     return count
 
 

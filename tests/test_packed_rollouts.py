@@ -163,6 +163,12 @@ def test_the_outputs_of_one_x_are_not_given_for_another(
         with packed_layers(attention):
             for (place, each), wanted in zip(order, expected, strict=True):
                 assert torch.equal(layers[place](each), wanted)
+            torch.compiler.reset()
+            compiled = torch.compile(lambda each: [layer(each) for layer in layers], backend="eager")
+            for each in (x, y):
+                for found, layer in zip(compiled(each), layers, strict=True):
+                    assert torch.equal(found, layer(each))
+            torch.compiler.reset()
 
 
 @pytest.mark.parametrize("use_vllm", [True, None])

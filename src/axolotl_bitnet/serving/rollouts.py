@@ -90,18 +90,23 @@ class _Together:
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """The place-th layer's output. The first of the layers to ask for an x computes those of all."""
-        if torch.compiler.is_compiling():
-            return self._product(x).split(self.sizes, dim=-1)[place]
+        if torch.compiler.is_compiling():  # without what lies between two calls
+            row = sum(self.sizes[:place])
+            return self._product(x, row, row + self.sizes[place], slice(place, place + 1))
         if self._x is not x or place not in self._outputs:
-            self._outputs = dict(enumerate(self._product(x).split(self.sizes, dim=-1)))
+            self._outputs = dict(
+                enumerate(self._product(x, 0, sum(self.sizes), slice(None)).split(self.sizes, dim=-1))
+            )
         output = self._outputs.pop(place)
         self._x = x if self._outputs else None
         return output
 
-    def _product(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x)
+    def _product(self, x: Tensor, begin: int, end: int, matrices: slice) -> Tensor:
+        """Of some of the matrices, which have these rows."""
+        dtype, bias = compute_dtype(x), None if self.bias is None else self.bias[begin:end]
+        packed = self.packed[begin // ROWS_PER_BYTE : end // ROWS_PER_BYTE]
         with no_autocast(x):
-            return packed_matmul(x, self.packed, self.s, self.sizes, self.bias, dtype)
+            return packed_matmul(x, packed, self.s[matrices], self.sizes[matrices], bias, dtype)
 
 
 def _groups(model: nn.Module) -> list[list[BitLinear]]:

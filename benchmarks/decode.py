@@ -6,16 +6,18 @@
 Each product is captured as a CUDA graph of a round over so many copies of the weight that none is still in
 the cache when its turn comes. Ours and transformers' count the quantization of the activations. ``share`` is
 the stored bytes per second over the bandwidth of a large copy (bytes read and written) in the same run; where
-the weight is small, what is left is the start of the kernels. Ours is cut in several ways (``how``: columns a
-step, warps, stages, programs that share a tile); the empty one is what the package takes.
+the weight is small, what is left is the start of the kernels. ``--ways`` times ours cut in other ways too,
+and without overlap (``how``); the empty one is what the package takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from common import RESULTS, append_csv, free, machine
 from torch import Tensor, nn
 
 from axolotl_bitnet.ops import pack_codes, packed_matmul, unpack_codes
-from axolotl_bitnet.ops.kernels import decode
+from axolotl_bitnet.ops.kernels import decode, matvec
 from axolotl_bitnet.serving.packed_linear import PackedLinear, apply, prepare
 
 MODELS = {
@@ -70,6 +72,10 @@ def copy_bandwidth() -> float:
 
 def round_of(make: Callable[[], Tensor], size: int) -> list[Tensor]:
     return [make() for _ in range(max(4, CACHE // size))]
+
+
+def copies(layer: nn.Module, count: int) -> list[nn.Module]:
+    return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
 
 
 def bytes_of(out: int, columns: int) -> Tensor:
@@ -126,49 +132,88 @@ def as_vllm() -> None:
     )
 
 
-def ways(out: int, columns: int) -> list[decode.Cut]:
-    """Other cuts than the package's."""
-    tiles, found = -(-out // 64), []
-    for k, warps, stages, programs in (
-        (128, 8, 3, 132),
-        (128, 4, 4, 528),
-        (256, 4, 3, 264),
-        (128, 8, 3, 264),
-    ):
-        steps = -(-columns // (k * warps))
-        found.append(decode.Cut(k, warps, stages, min(steps, -(-programs // tiles))))
-    taken = decode.cut(out // 4, columns, torch.cuda.get_device_properties(0).multi_processor_count)
-    return [how for how in dict.fromkeys(found) if how != taken]
+def ways(out: int, columns: int, rows: int) -> dict[str, dict[str, Any]]:
+    """Other cuts than the package's, and its own without overlap."""
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    found: dict[str, dict[str, Any]] = {"apart": {"how": None, "overlap": False}} if rows == 1 else {}
+    if rows >= 4:
+        for how in dict.fromkeys([decode.cut(out // 4, columns, multiprocessors), decode.Cut(128, 4, 4, 1)]):
+            found["tensor cores " + "/".join(map(str, how))] = {"how": how}
+    if rows > decode.MOST_WORDS:
+        return found
+    narrow = columns <= 4096
+    cuts = (
+        [(1, 4, 4), (2, 4, 4), (4, 4, 4), (1, 8, 8), (2, 8, 8)]
+        if narrow
+        else [(1, 4, 4), (1, 4, 8), (2, 4, 8)]
+    )
+    for each, beside, warps in cuts:
+        wide = 128 * warps // beside
+        whole = each * rows <= 4 and rows * columns <= 64 * wide
+        for quantizing in [True, False] if whole and beside == 4 else [whole]:
+            if each * rows <= 8 and beside * each * 64 <= out // 4:
+                cut = matvec.cut_in_words(columns, rows, each, beside, wide, warps, quantizing)
+                found["words " + "/".join(map(str, cut))] = {"how": cut}
+    return found
 
 
-def products(bandwidth: float, peers: list[str]) -> list[dict[str, Any]]:
-    found = []
+def prefill(bandwidth: float, peers: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """Rows for which the weights are unpacked first, beside sixteen at a time."""
+    for model, (hidden, inner) in MODELS.items():
+        if model not in ("Falcon-E-3B", "Falcon3-10B"):
+            continue
+        for out, columns in ((inner, hidden), (hidden, inner)):
+            packed = round_of(lambda o=out, c=columns: bytes_of(o, c), out * columns // 4)[:8]
+            dense = round_of(lambda o=out, c=columns: dense_of(o, c), out * columns * 2)[:8]
+            layers = [_transformers_layer(weight) for weight in packed] if "transformers" in peers else []
+            for rows in (32, 64, 256, 2048):
+                x = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+                calls = {("bf16", ""): [partial(nn.functional.linear, x, weight) for weight in dense]}
+                calls["axolotl-bitnet", ""] = [partial(unpacked, x, weight) for weight in packed]
+                if rows <= 64:
+                    calls["axolotl-bitnet", "in sixteens"] = [partial(in_sixteens, x, w) for w in packed]
+                if layers and rows == 2048:
+                    calls["transformers", ""] = [partial(layer, x) for layer in layers]
+                yield _timed(model, out, columns, rows, calls, bandwidth)
+            del packed, dense, layers
+            free()
+
+
+def unpacked(x: Tensor, weight: Tensor) -> Tensor:
+    return packed_matmul(x, weight, SCALE(), [4 * len(weight)], None, torch.bfloat16)
+
+
+def in_sixteens(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.cat([ours(some, weight) for some in x.split(decode.MAX_ROWS)])
+
+
+def products(
+    bandwidth: float, peers: list[str], counts: list[int], others_too: bool
+) -> Iterator[list[dict[str, Any]]]:
     for model, (hidden, inner) in MODELS.items():
         for out, columns in ((inner, hidden), (hidden, inner), (hidden, hidden)):
             packed = round_of(lambda o=out, c=columns: bytes_of(o, c), out * columns // 4)
             dense = round_of(lambda o=out, c=columns: dense_of(o, c), out * columns * 2)
-            others = {peer: [PEERS[peer](weight, out, columns) for weight in packed[:16]] for peer in peers}
-            for rows in ROWS:
+            others = {peer: copies(PEERS[peer](packed[0], out, columns), len(packed)) for peer in peers}
+            for rows in counts:
                 x = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
                 calls = {("bf16", ""): [partial(nn.functional.linear, x, weight) for weight in dense]}
-                calls["axolotl-bitnet", ""] = [partial(ours, x, weight, out, None) for weight in packed]
-                for how in ways(out, columns):
-                    name = "/".join(map(str, how))
-                    calls["axolotl-bitnet", name] = [partial(ours, x, weight, out, how) for weight in packed]
-                if rows in (1, 8):
+                how_else = ways(out, columns, rows) if others_too else {}
+                for name, how in {"": {}, **how_else}.items():
+                    calls["axolotl-bitnet", name] = [partial(ours, x, weight, **how) for weight in packed]
+                if rows in (1, 8, 16):
                     calls |= {(peer, ""): [partial(m, x) for m in made] for peer, made in others.items()}
-                found += _timed(model, out, columns, rows, calls, bandwidth)
+                yield _timed(model, out, columns, rows, calls, bandwidth)
             del packed, dense, others
             free()
-    return found
 
 
 def dense_of(out: int, columns: int) -> Tensor:
     return torch.randn(out, columns, device="cuda", dtype=torch.bfloat16)
 
 
-def ours(x: Tensor, weight: Tensor, out: int, how: decode.Cut | None) -> Tensor:
-    return decode._few_rows(x, x, weight, SCALE(), (out,), None, torch.bfloat16, how)
+def ours(x: Tensor, weight: Tensor, **how: Any) -> Tensor:
+    return decode._few_rows(x, x, weight, SCALE(), (4 * len(weight),), None, torch.bfloat16, **how)
 
 
 @cache
@@ -326,11 +371,13 @@ def _a_second(step: Callable[[], None], count: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ["checks", "layer", "products", "tokens"]
+    parts = ["checks", "layer", "products", "prefill", "tokens"]
     parser.add_argument("parts", nargs="*", default=parts, help=f"of {', '.join(parts)}; default: all")
     parser.add_argument(
         "--peers", default="transformers", help="beside bf16; also humming; default %(default)s"
     )
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of x; default %(default)s")
+    parser.add_argument("--ways", action="store_true", help="time ours cut in other ways too")
     parser.add_argument("--layers", type=int, default=32, help="of the model whose tokens are counted")
     args = parser.parse_args()
     peers = args.peers.split(",") if args.peers else []
@@ -345,9 +392,13 @@ def main() -> None:
         rows = [about | row for row in tokens(args.layers, peers)]
         columns = ("machine", "date", "model", "who", "weights_gib", "graph_tokens_s", "eager_tokens_s")
         append_csv(RESULTS / "decode_tokens.csv", columns, rows)
+    measured = []
     if "products" in args.parts:
-        rows = [about | row for row in products(bandwidth, peers)]
-        append_csv(RESULTS / "decode.csv", COLUMNS, rows)
+        measured.append(products(bandwidth, peers, args.rows, args.ways))
+    if "prefill" in args.parts:
+        measured.append(prefill(bandwidth, peers))
+    for rows in chain.from_iterable(measured):
+        append_csv(RESULTS / "decode.csv", COLUMNS, [about | row for row in rows])
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def test_results_in_the_interpreter() -> None:
     assert counts.pop("passed") > 850 and not counts.keys() - {"warning", "warnings"}, last
     files = {path.stem for path in (ROOT / "tests" / "interpreted").glob("test_*.py")}
     kernels = {path.stem for path in (ROOT / "src/axolotl_bitnet/ops/kernels").glob("*.py")}
-    assert {f"test_kernels_{name}" for name in kernels - {"__init__", "arithmetic", "launch"}} == files
+    assert {
+        f"test_kernels_{name}" for name in kernels - {"__init__", "arithmetic", "launch", "overlap"}
+    } == files
 
 
 # Compilation
@@ -89,13 +91,31 @@ def test_products_run_on_int8_tensor_cores(arch: int) -> None:
 
 @by_arch
 def test_decoding_runs_on_int8_tensor_cores(arch: int) -> None:
-    """For 1 to 8 rows and for 9 to 16, divided among programs and not, in whole steps and not."""
+    """For 5 to 8 rows and for 9 to 16, divided among programs and not, in whole steps and not."""
     found = of(arch, "_decode")
     assert all(launch["mma"] and not launch["wgmma"] for launch in found)
     assert {launch["constants"]["BLOCK_M"] for launch in found} == {"8", "16"}
     assert {launch["constants"]["EVEN"] for launch in found} == {"True", "False"}
     assert {launch["constants"]["SPLIT"] == "1" for launch in found} == {True, False}
     assert all(launch["shared"] <= 99 * KIB for launch in found)
+
+
+@by_arch
+def test_a_few_rows_are_multiplied_in_words_of_four_bytes(arch: int) -> None:
+    """With one row of bytes a thread and several, in whole steps and not, for 1 to 4 rows."""
+    found = of(arch, "_matvec") + of(arch, "_matvec_of_x")
+    assert all(launch["dp4a"] and not launch["mma"] for launch in found)
+    assert {launch["constants"]["ROWS"] for launch in found} == {"1", "2", "3", "4"}
+    assert {launch["constants"]["EACH"] == "1" for launch in found} == {True, False}
+    assert {launch["constants"]["EVEN"] for launch in found} == {"True", "False"}
+
+
+@by_arch
+def test_products_in_words_overlap_from_hopper_on(arch: int) -> None:
+    """Every such kernel waits once; none does where the instruction does not exist."""
+    words = of(arch, "_matvec") + of(arch, "_matvec_of_x")
+    assert {launch["overlap"] for launch in words} == {int(arch >= 90)}
+    assert {launch["overlap"] for launch in of(arch, "_decode")} == {0}
 
 
 @pytest.mark.parametrize("arch, limit", [(80, 163), (89, 99), (90, 227), (120, 99)])

@@ -6,12 +6,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from axolotl_bitnet import ternary
-from axolotl_bitnet.ops import pack_codes
 from axolotl_bitnet.ops.kernels import decode
-from support.kernel_cases import by_dtype, same
+from support.kernel_cases import by_dtype, expected, matrices, same
 
 SHAPES = {
     "one matrix": (1, 40, [64]),
@@ -24,26 +21,6 @@ SHAPES = {
     "many columns": (1, 2500, [8, 16]),
     "more than the kernel takes": (17, 64, [12, 8]),
 }
-
-
-def matrices(sizes: list[int], columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, bytes and scales of random matrices, one below the other."""
-    codes = [torch.randint(-1, 2, (size, columns), dtype=torch.int8) for size in sizes]
-    s = torch.rand(len(sizes)) * 90 + 0.3
-    return torch.cat(codes), torch.cat([pack_codes(matrix) for matrix in codes]), s
-
-
-def expected(
-    x: Tensor, codes: Tensor, s: Tensor, sizes: list[int], bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """From the definition alone, a matrix after the other."""
-    codes_x, r = ternary.quantize_activations(x.to(dtype))
-    parts = [
-        ternary.dequantize_output(ternary.matmul_codes(codes_x, part), r, scale).to(dtype)
-        for part, scale in zip(codes.split(sizes), s, strict=True)
-    ]
-    y = torch.cat(parts, dim=-1)
-    return y if bias is None else y + bias.to(dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -31,6 +31,7 @@ from axolotl_bitnet.ops.kernels import (
     gradients,
     launch,
     matmul,
+    matvec,
     packing,
     rmsnorm,
     shards,
@@ -45,7 +46,7 @@ MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 120: 188}
 COLUMNS = [100, 2048, 3072, 9216, 13312, 23040, 32768]  # Falcon-E, Falcon3-10B, and the longest there may be
 ROWS = 8192
 # Rows of the matrices and columns: q with k and v, gate with up, and down; and what fills no tile
-PACKED = [([2048, 256, 256], 2048), ([13312, 13312], 2048), ([2048], 13312), ([60], 100)]
+PACKED = [([2048, 256, 256], 2048), ([13312, 13312], 2048), ([2048], 13312), ([3072], 23040), ([60], 100)]
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -118,7 +119,8 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         c = empty(9216, 1, dtype=F32)
         yield f"weight product {dtype}", lambda c=c, d=dtype: matmul.weight_product(z, c, x, d)
 
-    few = [(1, BF16, BF16, each) for each in PACKED] + [(16, BF16, None, each) for each in PACKED]
+    few = [(rows, BF16, BF16, each) for rows in (1, 2, 3, 4) for each in PACKED]
+    few += [(16, BF16, None, each) for each in PACKED]
     few += [(8, torch.float16, None, PACKED[0]), (5, F32, F32, PACKED[1])]
     for rows, dtype, bias, (sizes, columns) in few:
         x = empty(rows, columns, dtype=dtype)
@@ -168,16 +170,18 @@ def main(arch: int, only: str) -> None:
     caught: list[tuple[Any, ...]] = []
 
     def catch(
-        kernel: Any, programs: int, device: int, key: Any, args: tuple[Any, ...], warps: int, stages: int = 3
-    ) -> None:
+        kernel: Any, programs: int, device: int, key: Any, args: tuple[Any, ...], warps: int, stages: int = 3,
+        overlap: bool = False,
+    ) -> None:  # fmt: skip
         caught.append((kernel, args, warps, stages))
 
     for module in (
-        activations, decode, divergence, gradients, matmul, packing, rmsnorm, shards, swiglu, weights,
+        activations, decode, divergence, gradients, matmul, matvec, packing, rmsnorm, shards, swiglu, weights,
     ):  # fmt: skip
         module.launch = catch  # type: ignore[attr-defined]
     matmul._gpu = lambda index: (MULTIPROCESSORS[arch], arch >= 90, arch == 90)
     decode._multiprocessors = lambda index: MULTIPROCESSORS[arch]
+    decode.overlaps = lambda index: arch >= 90  # type: ignore[attr-defined]
     tiles: list[matmul.Tiles] = []
     for name in ("launch_tma", "launch_pointers"):
         original = getattr(matmul, name)
@@ -206,6 +210,8 @@ def main(arch: int, only: str) -> None:
                     "wgmma": len(re.findall(r"wgmma\.mma_async\.\S*\.s8\.s8", assembly)),
                     "bulk": assembly.count("cp.async.bulk.tensor"),
                     "local": len(re.findall(r"\b(?:ld|st)\.local", assembly)),
+                    "dp4a": assembly.count("dp4a.u32.s32"),
+                    "overlap": assembly.count("griddepcontrol.wait"),
                     "fused": len(re.findall(r"\bfma\.rn\.f32", assembly)),
                     **resources(binary.asm["cubin"]),
                 }

@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from axolotl_bitnet import ternary
+from axolotl_bitnet.ops import pack_codes
+
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("tests/test_kernels.py runs this in Triton's interpreter", allow_module_level=True)
@@ -94,3 +97,23 @@ def last_bits(found: Tensor, expected: Tensor) -> int:
     same = (found == expected) | (found.isnan() & expected.isnan())
     assert (same | (distance <= 1)).all()
     return int((~same).sum())
+
+
+def matrices(sizes: list[int], columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, bytes and scales of random matrices, one below the other."""
+    codes = [torch.randint(-1, 2, (size, columns), dtype=torch.int8) for size in sizes]
+    s = torch.rand(len(sizes)) * 90 + 0.3
+    return torch.cat(codes), torch.cat([pack_codes(matrix) for matrix in codes]), s
+
+
+def expected(
+    x: Tensor, codes: Tensor, s: Tensor, sizes: list[int], bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """From the definition alone, a matrix after the other."""
+    codes_x, r = ternary.quantize_activations(x.to(dtype))
+    parts = [
+        ternary.dequantize_output(ternary.matmul_codes(codes_x, part), r, scale).to(dtype)
+        for part, scale in zip(codes.split(sizes), s, strict=True)
+    ]
+    y = torch.cat(parts, dim=-1)
+    return y if bias is None else y + bias.to(dtype)

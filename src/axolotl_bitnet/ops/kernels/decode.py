@@ -7,6 +7,8 @@ holds four rows of the matrix, so a tile of bytes is multiplied four times, shif
 bits are the code plus one; the sum of a row's codes is subtracted at the end. All of that is exact integer
 arithmetic, and the final scaling is the definition's.
 
+One row to four go by :mod:`.matvec`. From five on:
+
 1. ``_quantize``: codes, scale and sum of each row of x.
 2. ``_decode``: programs share the tiles of bytes, and where there are fewer tiles than multiprocessors, a
    tile's columns; the last program to finish a tile adds the integers up and scales them.
@@ -37,10 +39,17 @@ from .arithmetic import (
 )
 from .launch import aligned, launch
 from .matmul import matmul
+from .matvec import Tile, matvec, tile
+from .overlap import overlaps, release, wait
 from .packing import unpack_codes
 
 MAX_ROWS = 16
 """Rows of x that the kernel takes; for more, the product for training is quicker."""
+
+MOST_WORDS = 4
+"""Rows of x up to which dot products of words (:mod:`.matvec`) are quicker than tensor cores."""
+
+_SMALL = 1 << 20  # bytes of a weight that a kernel alone reads sooner without overlap
 
 _CHUNK = 2048  # elements of a row quantized together
 
@@ -49,7 +58,10 @@ _CHUNK = 2048  # elements of a row quantized together
 def _quantize(
     x_ptr, codes_ptr, r_ptr, sum_ptr, tickets_ptr, columns, x_row, tickets,
     DTYPE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, TICKETS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    release(OVERLAP)
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, CHUNK)
     held = ()
@@ -244,30 +256,41 @@ def packed_matmul(
 
 def _few_rows(
     x: Tensor, rows: Tensor, packed: Tensor, s: Tensor, sizes: tuple[int, ...], bias: Tensor | None,
-    dtype: torch.dtype, how: Cut | None = None,
+    dtype: torch.dtype, how: Cut | Tile | None = None, overlap: bool | None = None,
 ) -> Tensor:  # fmt: skip
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     count, columns = rows.shape
-    byte_rows, device = packed.shape[0], x.device
-    how = how or cut(byte_rows, columns, _multiprocessors(x.get_device()))
+    byte_rows, device, index = packed.shape[0], x.device, x.get_device()
+    if how is None:
+        words = count <= MOST_WORDS and columns % 64 == 0 and all(aligned(packed))
+        how = tile(byte_rows, columns, count) if words else cut(byte_rows, columns, _multiprocessors(index))
+    if overlap is None:
+        overlap = isinstance(how, Tile) and overlaps(index) and (packed.numel() > _SMALL or not how.whole)
+    y = torch.empty(*x.shape[:-1], byte_rows * 4, dtype=dtype, device=device)
+    table = row_table(sizes, device)
+    if isinstance(how, Tile) and how.whole:
+        matvec(rows, None, packed, table, s, bias, y, how, overlap)
+        return y
+
     tiles, block_m = ceil_div(byte_rows, _BYTE_ROWS), 8 if count <= 8 else 16
     codes = torch.empty(count, columns, dtype=torch.int8, device=device)
     r = torch.empty(count, dtype=torch.float32, device=device)
     sums = torch.empty(count + tiles, dtype=torch.int32, device=device)
     tickets = sums[count:]
+    chunk = min(_CHUNK, power_of_2(columns))
+    key: tuple[Any, ...] = (rows.dtype, dtype, columns, rows.stride(0), tiles, overlap, *aligned(rows))
+    args: tuple[Any, ...] = (
+        rows, codes, r, sums, tickets, columns, rows.stride(0), tiles,
+        triton_dtype(dtype), chunk, ceil_div(columns, chunk), power_of_2(tiles), overlap,
+    )  # fmt: skip
+    launch(_quantize, count, index, key, args, warps=8 if chunk == _CHUNK else 1, overlap=overlap)
+    if isinstance(how, Tile):
+        matvec(codes, (r, sums), packed, table, s, bias, y, how, overlap)
+        return y
+
     shares = sums
     if how.split > 1:
         shares = torch.empty(how.split * 4 * tiles * _BYTE_ROWS * block_m, dtype=torch.int32, device=device)
-    y = torch.empty(*x.shape[:-1], byte_rows * 4, dtype=dtype, device=device)
-
-    chunk = min(_CHUNK, power_of_2(columns))
-    key: tuple[Any, ...] = (rows.dtype, dtype, columns, rows.stride(0), tiles, *aligned(rows))
-    args: tuple[Any, ...] = (
-        rows, codes, r, sums, tickets, columns, rows.stride(0), tiles,
-        triton_dtype(dtype), chunk, ceil_div(columns, chunk), power_of_2(tiles),
-    )  # fmt: skip
-    launch(_quantize, count, x.get_device(), key, args, warps=8 if chunk == _CHUNK else 1)
-
     span = ceil_div(columns, how.k * how.warps * how.split) * how.k
     even = span * how.warps * how.split == columns
     key = (
@@ -275,9 +298,9 @@ def _few_rows(
         *aligned(packed), None if bias is None else (bias.dtype, *aligned(bias)),
     )  # fmt: skip
     args = (
-        codes, r, sums, packed, row_table(sizes, device), s, s if bias is None else bias, y, shares, tickets,
+        codes, r, sums, packed, table, s, s if bias is None else bias, y, shares, tickets,
         count, byte_rows * 4, byte_rows, columns, span,
         block_m, _BYTE_ROWS, how.k, how.warps, how.split, even, bias is not None,
     )  # fmt: skip
-    launch(_decode, tiles * how.split, x.get_device(), key, args, how.warps, how.stages)
+    launch(_decode, tiles * how.split, index, key, args, how.warps, how.stages)
     return y

@@ -50,6 +50,7 @@ def launch(
     args: tuple[Any, ...],
     warps: int,
     stages: int = 3,
+    overlap: bool = False,
 ) -> None:
     """Run ``kernel`` on a GPU's current stream.
 
@@ -62,24 +63,27 @@ def launch(
         args: all of the kernel's arguments in order, its constants too.
         warps: warps per program.
         stages: of software pipelining.
+        overlap: whether it may start before the kernel before it has ended (:mod:`.overlap`).
     """
     key = (kernel.__name__, programs, device, key)
     run = _launches.get(key)
     if device >= 0 and not _only_gpu() and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _launch(kernel, programs, device, key, run, args, warps, stages)
-    return _launch(kernel, programs, device, key, run, args, warps, stages)
+            return _launch(kernel, programs, device, key, run, args, warps, stages, overlap)
+    return _launch(kernel, programs, device, key, run, args, warps, stages, overlap)
 
 
 def _launch(
     kernel: Any, programs: int, device: int, key: tuple[Any, ...], run: Callable[..., None] | None,
-    args: tuple[Any, ...], warps: int, stages: int,
+    args: tuple[Any, ...], warps: int, stages: int, overlap: bool,
 ) -> None:  # fmt: skip
     if run is not None:
         run(*args)
         return
     args = tuple(arg.checked() if isinstance(arg, Tiled) else arg for arg in args)
-    compiled = kernel[(programs,)](*args, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+    options: dict[str, Any] = {"launch_pdl": True} if overlap else {}
+    options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    compiled = kernel[(programs,)](*args, **options)
     if not INTERPRET:
         if len(_launches) >= _MOST:
             _launches.clear()

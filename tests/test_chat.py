@@ -39,6 +39,7 @@ def answers(folder: Path, questions: list[str], limit: int) -> list[str]:
     return [turn["content"] for turn in said if turn["role"] == "assistant"]
 
 
+@pytest.mark.slow
 def test_a_conversation(folder: Path) -> None:
     chat, pieces = Chat(folder, "cpu"), []
     found = [chat.answer(question, 12, pieces.append) for question in QUESTIONS]

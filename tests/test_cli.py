@@ -30,6 +30,7 @@ from axolotl_bitnet.storage.progress import listening
 from axolotl_bitnet.storage.safetensors_stream import SafetensorsWriter
 from axolotl_bitnet.storage.weight_bytes import weight_bytes
 from axolotl_bitnet.verify.verify import verify_checkpoint
+from support.marks import slow_but
 from support.zoo import HAS_GGUF, MADE, copy_of, flip_code, make_run
 
 
@@ -105,7 +106,7 @@ def whole_run(tiny_model: Callable[..., torch.nn.Module], tmp_path_factory: pyte
     return make_run(tiny_model, tmp_path_factory.mktemp("run"))
 
 
-@pytest.mark.parametrize(("name", "words"), COMMANDS)
+@pytest.mark.parametrize(("name", "words"), slow_but(2, COMMANDS))
 def test_every_writer(whole_run: Path, tmp_path: Path, name: str, words: list[str]) -> None:
     target = tmp_path / Path(FORMATS[name].path).name
     code, output = _call(*words, whole_run, target)
@@ -130,6 +131,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_export_writes_what_a_run_does_where_a_run_does(whole_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns(*FOLDERS))
@@ -242,6 +244,7 @@ def test_export_writes_all_or_nothing(
 
 
 @pytest.mark.skipif(not HAS_GGUF, reason="needs the gguf package")
+@pytest.mark.slow
 def test_embeddings_of_a_gguf_file(whole_run: Path, tmp_path: Path) -> None:
     from axolotl_bitnet.formats.gguf.writer import EMBEDDINGS
 

@@ -132,7 +132,7 @@ def in_time() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("family", "rope", "head"), slow_but(3, CASES), ids=[" ".join(case) for case in CASES]
+    ("family", "rope", "head"), slow_but(1, CASES), ids=[" ".join(case) for case in CASES]
 )
 def test_every_export_computes_what_trained(family: str, rope: str, head: str, tmp_path: Path) -> None:
     model, latents = trained(family, rope, head, tmp_path)
@@ -192,6 +192,7 @@ def test_the_matrix_would_see_it(odd: tuple[nn.Module, Path], tmp_path: Path, ke
         assert "programs that follow it lose the head" in report.mismatches[0]
 
 
+@pytest.mark.slow
 def test_verify_runs_mlx(odd: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     _, latents = odd
     mlx = latents.parent / "mlx"

@@ -84,7 +84,7 @@ def damaged(run: Path, kind: str, number: int, folder: Path) -> tuple[Path, str]
     return artifact, hurt(rng.choice(weights if rng.random() < 0.8 else files), rng)
 
 
-@pytest.mark.parametrize("kind", slow_but(2, KINDS))
+@pytest.mark.parametrize("kind", slow_but(1, KINDS))
 def test_damage_ends_in_a_sentence(run: Path, tmp_path: Path, kind: str) -> None:
     found = {0: 0, 1: 0, 2: 0}
     for number in range(CASES):

@@ -25,6 +25,7 @@ from axolotl_bitnet.storage.atomic import CheckpointError, read_json
 from axolotl_bitnet.storage.parallel import row_ranges
 from axolotl_bitnet.storage.safetensors_stream import SINGLE
 from axolotl_bitnet.ternary import EPSILON, dequantize, latents_of, scale_of
+from support.marks import slow_but
 from support.stored import (
     FAMILIES,
     IDS,
@@ -84,7 +85,7 @@ def test_scales_that_bfloat16_weights_cannot_carry() -> None:
 SHAPES = [(4, 1), (1, 7), (12, 5), (64, 33), (131, 64)]
 
 
-@pytest.mark.parametrize("elements", [40, 1 << 20])
+@pytest.mark.parametrize("elements", slow_but(1, [1 << 20, 40]))
 def test_odd_shapes_and_all_mantissas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     """Read in one block of rows or in many."""
 
@@ -122,7 +123,7 @@ def test_zeros_have_the_definition_s_scale(tmp_path: Path) -> None:
 # Whole models
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(1, FAMILIES))
 def test_the_revert_of_a_model(tiny_model: Build, tmp_path: Path, family: str) -> None:
     model = trained(tiny_model, family)
     expected = codes_and_scales(model)

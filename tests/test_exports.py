@@ -33,6 +33,7 @@ def refuse(config: Any, *export: str, folder: Path | None = TOKENIZER, **cfg: An
     refuse_exports(DictDefault({"base_model": "someone/model"} | cfg), config, folder, export)
 
 
+@pytest.mark.slow
 def test_what_can_be_made_is_not_refused() -> None:
     refuse(LlamaConfig(), *MADE)
     refuse(BitNetConfig(), "packed", "dense")

@@ -197,6 +197,7 @@ def test_compiled_layers_keep_nothing(made: list[Tensor]) -> None:
         assert not torch.equal(compiled(torch.ones(2, 24)), first)
 
 
+@pytest.mark.slow
 def test_the_trainers_callbacks_open_and_close_the_window(
     made: list[Tensor], tiny_model: Callable[..., nn.Module], tmp_path: str
 ) -> None:

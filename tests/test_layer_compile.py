@@ -16,6 +16,7 @@ from axolotl_bitnet import convert_to_bitlinear
 from axolotl_bitnet.training.checkpoint_once import checkpoint_once
 from axolotl_bitnet.training.layer_compile import compile_layers
 from axolotl_bitnet.training.ramp import set_ramp
+from support.marks import slow_but
 from support.models import tiny_model
 from support.sharded import in_ranks
 
@@ -87,7 +88,7 @@ def test_one_checkpoint_is_left() -> None:
     assert checkpoint_once(model) == 0 and calls(model, "q_proj") == 4
 
 
-@pytest.mark.parametrize("checkpointed", [None, "wrapped", "transformers"])
+@pytest.mark.parametrize("checkpointed", slow_but(1, ["wrapped", None, "transformers"]))
 def test_one_graph_serves_all_layers(checkpointed: str | None) -> None:
     model = ternary()
     plain = copy.deepcopy(model)
@@ -109,6 +110,7 @@ def test_one_graph_serves_all_layers(checkpointed: str | None) -> None:
     assert graphs == 2 and list(model.state_dict()) == names  # the other is the loss
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_forgets_is_computed_again() -> None:
     """Every product but the MLP's last, whose output no backward needs."""
     model = ternary()

@@ -46,6 +46,7 @@ def test_it_works_without_axolotl_and_triton() -> None:
     _run(ALONE)
 
 
+@pytest.mark.slow
 def test_importing_it_loads_next_to_nothing() -> None:
     """The import takes under 50 ms beyond torch's because it imports nothing; so that is what is held."""
     code = (

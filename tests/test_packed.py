@@ -241,6 +241,7 @@ def test_logits_are_the_trained_model_s(zoo: Zoo, case: str) -> None:
     assert not torch.equal(logits(zoo.models[case]), trained)  # the rounding of the rest does show
 
 
+@pytest.mark.slow
 def test_logits_show_two_codes(zoo: Zoo) -> None:
     assert not torch.equal(zoo.logits["llama damaged"], zoo.logits["llama"])
 

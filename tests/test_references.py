@@ -48,6 +48,7 @@ def test_a_dense_reference_is_replaced_everywhere(tiny_model: MakeModel) -> None
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}  # it will be mixed with the policy
 
 
+@pytest.mark.slow
 def test_a_reference_that_stays_as_it_is_keeps_its_dtype(tiny_model: MakeModel) -> None:
     loaded = _ternary(tiny_model).to(torch.bfloat16)
     settle_reference(_trainer(tiny_model("Llama")), loaded)

@@ -329,6 +329,7 @@ def test_nothing_outlives_the_tensor_without_a_graph(quantized: list) -> None:
     assert len(quantized) == 4 and all(codes() is None for _, codes in quantized)
 
 
+@pytest.mark.slow
 def test_codes_of_an_older_version_are_let_go(quantized: list) -> None:
     x = torch.randn(4, 24, requires_grad=True) * 1
     attention = Attention()

@@ -177,6 +177,7 @@ def test_a_torch_that_does_not_tell_of_global_hooks(tiny_model: Callable[..., nn
     assert "has no _has_any_global_hook: MLPs and norms are not fused" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_torch_without_the_name_for_subclasses() -> None:
     """Only gathered weights need it; layers are converted and trained without."""
     code = (

@@ -49,6 +49,19 @@ def test_packed_rows_are_their_conversations(patched: None, compiled: bool) -> N
     assert (whole[:, 5:] - told[:, 5:]).abs().max() > 1e-3  # else the row would not show it
 
 
+def test_a_padding_mask_without_padding_does_not_mix_conversations(patched: None) -> None:
+    """transformers drops a mask of ones before the layers: what is packed is known from positions alone."""
+    torch.manual_seed(3)
+    model = tiny_model("Llama", attn_implementation="sdpa")
+    ids = torch.randint(3, 128, (1, sum(LENGTHS)))
+    ask_before_the_layers(model)
+    compile_layers(model, backend="eager", fullgraph=True)
+    masked = model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions(*LENGTHS), use_cache=False
+    ).logits
+    torch.testing.assert_close(masked, logits(model, ids, *LENGTHS))
+
+
 def test_a_model_that_does_not_ask_beforehand_asks_as_axolotl_does(patched: None) -> None:
     """A teacher beside the compiled model shares its attention, and is not hooked."""
     torch.manual_seed(3)

@@ -54,7 +54,7 @@ def _with_lengths(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A forward pre-hook: keywords with the lengths of the conversations in packed rows."""
     ids = kwargs.get("position_ids")
-    if ids is None or kwargs.get("attention_mask") is not None or "cu_seq_lens_q" in kwargs:
+    if ids is None or "cu_seq_lens_q" in kwargs:
         return args, kwargs
     is_packed, lengths_of = (_find(*symbol) for symbol in SYMBOLS)  # as they are now: patched, perhaps
     if not is_packed(ids):

@@ -12,7 +12,7 @@ import argparse
 import multiprocessing as mp
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
@@ -100,22 +100,32 @@ class Study:
         self.place, self.workers, self.out, self.deadline = place, workers, out, deadline
         self.rows: list[dict[str, Any]] = read_csv(out) if out.exists() else []
         self.curves = out.with_name(f"{out.stem}_curves.csv")
-        self.longest = 20.0
+        self.slowest = 0.05  # seconds a step
         self.failed, self.succeeded = 0, 0
+        self.awaited: set[Setting] = set()  # whose weights are not there yet
 
-    def run(self, settings: list[Setting], keep: bool = False) -> None:
-        """All that have no row yet; as many as fit before the deadline."""
-        done = set() if keep else {design.key(row) for row in self.rows if not row["error"]}
-        queue = [setting for setting in dict.fromkeys(settings) if design.key(setting) not in done]
+    def run(self, settings: list[Setting], sources: Sequence[Setting] = ()) -> None:
+        """All that have no row yet; as many as fit before the deadline.
+
+        Args:
+            sources: run first, and again if they have a row: others start from their weights.
+        """
+        done = {design.key(row) for row in self.rows if not row["error"]}
+        fresh = [setting for setting in settings if design.key(setting) not in done]
+        queue = list(dict.fromkeys([*sources, *fresh]))
+        self.awaited = set(sources)
         while queue or any(worker.setting for worker in self.workers):
             left = self.deadline - time.monotonic()
-            if left < 1.2 * self.longest:
-                queue.clear()
+            queue = [each for each in queue if left > 1.2 * self.slowest * each.steps]
             for worker in self.workers:
-                if queue and worker.ready and worker.setting is None:
-                    worker.setting = queue.pop(0)
-                    worker.connection.send((worker.setting, keep))
-            if left < 0 or not (queue or any(worker.setting for worker in self.workers)):
+                models = {source.model for source in self.awaited}
+                can_start = [each for each in queue if each.start == "base" or each.model not in models]
+                if can_start and worker.ready and worker.setting is None:
+                    worker.setting = can_start[0]
+                    queue.remove(worker.setting)
+                    worker.connection.send((worker.setting, worker.setting in sources))
+            idle = not any(worker.setting for worker in self.workers)
+            if left < 0 or (idle and not can_start):
                 return
             for connection in wait([worker.connection for worker in self.workers], timeout=min(left, 5)):
                 self._receive(next(worker for worker in self.workers if worker.connection is connection))
@@ -138,6 +148,8 @@ class Study:
         if self.failed > 3 * (1 + self.succeeded):
             raise SystemExit(f"one failure after another, the last: {error}")
         assert setting is not None
+        if not error:
+            self.awaited.discard(setting)
         result, curve = done or ({}, [])
         row = {**asdict(setting), **_short(result), "error": error}
         if not error and design.key(setting) in {design.key(each) for each in self.rows if not each["error"]}:
@@ -145,7 +157,7 @@ class Study:
         self.rows.append({column: str(row.get(column, "")) for column in COLUMNS})
         append_csv(self.out, COLUMNS, [row])
         append_csv(self.curves, CURVE_COLUMNS, [{**asdict(setting), **_short(each)} for each in curve])
-        self.longest = max(self.longest, result.get("seconds", 0.0))
+        self.slowest = max(self.slowest, result.get("seconds", 0.0) / setting.steps)
         shown = {name: row.get(name) for name in ("eval_loss", "flips_start", "ms_step", "seconds", "error")}
         print(f"{time.strftime('%X')} {' '.join(map(str, asdict(setting).values()))} {shown}", flush=True)
 
@@ -193,16 +205,14 @@ def main() -> None:
         base = Setting(steps=args.steps)
         for stage in args.stages:
             settings = design.STAGES[stage](study.rows, base)[: args.first]
-            if needed := {setting.model for setting in settings if setting.start == "trained"}:
-                missing = [
-                    each
-                    for each in design.trained(study.rows, base)
-                    if each.model in needed and not place.weights(each.model).exists()
-                ]
-                study.run(missing, keep=True)
-                settings = [each for each in settings if place.weights(each.model).exists()]
+            needed = {setting.model for setting in settings if setting.start == "trained"}
+            sources = [
+                each
+                for each in design.trained(study.rows, base)
+                if each.model in needed and not place.weights(each.model).exists()
+            ]
             print(f"{stage}: {len(settings)} settings", flush=True)
-            study.run(settings)
+            study.run(settings, sources)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Job:
         """GiB of each GPU, with the process's own context: generous."""
         state = (STATES[self.state] / self.gpus + 1) * SIZES[self.shape]
         state += 2 * SIZES[self.shape] if self.recipe == "dpo" else 0
-        return state + self.tokens * 0.62e-3 + 4
+        return state + self.tokens * 0.62e-3 + 3
 
     def settings(self, folder: Path) -> dict[str, Any]:
         """The recipe with what a measurement needs."""

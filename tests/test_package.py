@@ -13,8 +13,9 @@ import pytest
 from torch import nn
 
 import axolotl_bitnet
+from axolotl_bitnet.formats.registry import FORMATS
 from support import stored
-from support.reports import log, moved, names, record, write
+from support.reports import log, moved, names, proof, record, write
 
 SOURCE = Path(axolotl_bitnet.__file__).parent
 
@@ -85,13 +86,18 @@ def test_commands_that_need_no_torch_do_not_import_it(arguments: list[str], tmp_
 
 
 @pytest.mark.slow
-def test_a_report_of_a_run_without_artifacts_needs_no_torch(tmp_path: Path) -> None:
-    """Such as one that still trains. With artifacts, their formats, which import it, say how they are run."""
+def test_a_report_needs_no_torch(tmp_path: Path) -> None:
+    """Of a run with an artifact of every format: how each is run is known without the format itself."""
     pytest.importorskip("matplotlib")
-    write(tmp_path, run=record(log()), monitor=moved(names(3)))
+    made = {name: {"verified": True, "path": row.path, "bytes": 1 << 20} for name, row in FORMATS.items()}
+    proven = proof(names(3), artifacts=made)
+    write(tmp_path, run=record(log()), bitnet=proven, monitor=moved(names(3)))
     words = ["report", str(tmp_path)]
     assert _heavy(f"from axolotl_bitnet.cli.main import main; main({words}, standalone_mode=False)") == []
-    assert (tmp_path / "report" / "index.html").exists()
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert all(
+        words in page for words in ("vllm serve", "llama-cli", "mlx_lm.generate", "axolotl-bitnet chat")
+    )
 
 
 def test_no_help_and_no_mistyped_option_imports_torch() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from axolotl_bitnet.formats.format import WayToRun
 from axolotl_bitnet.formats.registry import FORMATS
+from axolotl_bitnet.formats.ways_to_run import WayToRun
 from support import ROOT
 
 TABLES = {
@@ -26,7 +26,7 @@ def table(columns: tuple[str, ...]) -> str:
     """In Markdown. Formats that say the same share a row."""
     rows: dict[WayToRun, list[str]] = {}
     for name, row in FORMATS.items():
-        for way in row.format.ways_to_run("FILE" if "." in row.path else "FOLDER"):
+        for way in row.ways_to_run("FILE" if "." in row.path else "FOLDER"):
             rows.setdefault(way, []).append(f"`{name}`")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for way, names in rows.items():

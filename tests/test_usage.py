@@ -19,7 +19,7 @@ ODD = """a "run", it's $HOME's"""
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_commands_are_one_line_and_name_the_path(name: str) -> None:
-    for way in FORMATS[name].format.ways_to_run(f"{ODD}/{FORMATS[name].path}"):
+    for way in FORMATS[name].ways_to_run(f"{ODD}/{FORMATS[name].path}"):
         if way.language == "bash":
             assert "\n" not in way.text
             assert f"{ODD}/{FORMATS[name].path}" in shlex.split(way.text)
@@ -43,6 +43,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["packed", "dense"])
 def test_python_runs(run: Path, name: str) -> None:
-    (way,) = (way for way in FORMATS[name].format.ways_to_run(str(run / name)) if way.language == "python")
+    (way,) = (way for way in FORMATS[name].ways_to_run(str(run / name)) if way.language == "python")
     done = python("-c", way.text, TORCH_COMPILE_DISABLE="1", HF_HUB_OFFLINE="1")
     assert "The capital of France is" in done.stdout

@@ -8,7 +8,6 @@ other tensors are stored in bfloat16, so bfloat16 ones are unchanged.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from ..ternary import EPSILON, scale_of
 from .checkpoint import TernaryCheckpoint
 from .config_json import in_bfloat16, read_config, read_plan, with_rope_theta
 from .folder_writer import MatrixFormat
-from .format import WayToRun, in_transformers
 from .recognize import recognize
 
 
@@ -52,16 +50,6 @@ _ZERO_SCALE = scale_of(torch.tensor(EPSILON))
 class DenseFormat(MatrixFormat):
     def open(self, path: str | Path, config: Mapping[str, Any] | None = None) -> TernaryCheckpoint:
         return DenseCheckpoint(path, config=config)
-
-    def ways_to_run(self, path: str) -> list[WayToRun]:
-        note = (
-            "The same weights, `codes / scale`; activations are not quantized, so answers are near the "
-            "ternary model's, not equal."
-        )
-        text = f"vllm serve {shlex.quote(path)} --dtype bfloat16"
-        near = "near the trained model: activations are not quantized"
-        serve = WayToRun("vLLM and SGLang", "GPU, CPU", "bash", text, "vLLM 0.32, float32, CPU", near, note)
-        return [serve, in_transformers(path, "5.16, float32, CPU", "logits of codes / s, bit for bit")]
 
     def config_of(self, source: TernaryCheckpoint) -> dict[str, Any]:
         config = with_rope_theta(in_bfloat16(source.config))

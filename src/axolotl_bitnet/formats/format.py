@@ -1,16 +1,14 @@
 """The interface of a format that ternary models are exported to.
 
-A format is one file that defines one :class:`Format`, and one row of :mod:`.registry`. Config, command line,
-model card, report, hub and resuming take the rest from these two. How a format is *run* for comparison is in
-:mod:`axolotl_bitnet.verify.logits`.
+A format is one file that defines one :class:`Format`, and one row of :mod:`.registry` (with a function of
+:mod:`.ways_to_run`). Config, command line, model card, report, hub and resuming take the rest from these. How
+a format is *run* for comparison is in :mod:`axolotl_bitnet.verify.logits`.
 """
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +16,6 @@ from .checkpoint import TernaryCheckpoint
 
 Proof = Callable[[Path], None]
 """Called with what is written before it gets its name; if it raises, nothing is left behind."""
-
-PROMPT = "The capital of France is"
-
-_SCRIPT = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({path}, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained({path})
-inputs = tokenizer("{prompt}", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
-
-
-@dataclass(frozen=True)
-class WayToRun:
-    """One way to run an artifact. The tables of README and docs/run-it.md, model card and report say this.
-
-    Attributes:
-        engine: what runs it.
-        device: what that is for.
-        language: of ``text``: python or bash.
-        text: what to type.
-        ran: the versions, dtypes and devices that it was run with.
-        result: what came out then.
-        note: what else to know about it.
-    """
-
-    engine: str
-    device: str
-    language: str
-    text: str
-    ran: str
-    result: str
-    note: str = ""
 
 
 class Format(ABC):
@@ -106,10 +71,6 @@ class Format(ABC):
             CheckpointError: it is not of this format.
         """
 
-    @abstractmethod
-    def ways_to_run(self, path: str) -> list[WayToRun]:
-        """Ways to run an artifact at ``path`` (written into the commands as it is); the usual way first."""
-
     def refusals(self, config: Mapping[str, Any], tokenizer: Path | None) -> list[str]:
         """Why a model cannot be written in this format, as far as is known before training.
 
@@ -118,9 +79,3 @@ class Format(ABC):
             tokenizer: a folder with its tokenizer, if it is on this machine.
         """
         return []
-
-
-def in_transformers(path: str, ran: str, result: str, note: str = "") -> WayToRun:
-    """A script that generates with transformers."""
-    script = _SCRIPT.format(path=json.dumps(path, ensure_ascii=False), prompt=PROMPT)
-    return WayToRun("transformers", "CPU, GPU", "python", script, ran, result, note)

@@ -8,7 +8,6 @@ are no multiple of 32 cannot be cut so: such a matrix is stored as in the dense 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from .checkpoint import TernaryCheckpoint
 from .config_json import in_bfloat16, read_config, read_plan, with_rope_theta
 from .dense import magnitude_of, read_signs
 from .folder_writer import MatrixFormat
-from .format import PROMPT, WayToRun
 from .mlx_model import computed_otherwise, rope_scaling
 
 GROUPS = (128, 64, 32)
@@ -62,11 +60,6 @@ def unpack_words(words: Tensor) -> Tensor:
 class MLXFormat(MatrixFormat):
     def open(self, path: str | Path, config: Mapping[str, Any] | None = None) -> TernaryCheckpoint:
         return MLXCheckpoint(path, config)
-
-    def ways_to_run(self, path: str) -> list[WayToRun]:
-        text = f'mlx_lm.generate --model {shlex.quote(path)} --prompt "{PROMPT}" --max-tokens 64'
-        result = "logits of codes / s to 1e-6"
-        return [WayToRun("mlx-lm", "Apple", "bash", text, "0.32, Linux CPU", result)]
 
     def refusals(self, config: Mapping[str, Any], tokenizer: Path | None) -> list[str]:
         return computed_otherwise(config)

@@ -8,7 +8,6 @@ rows/4``, ``r + 2 rows/4`` and ``r + 3 rows/4`` at bits 0, 2, 4 and 6. Beside it
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,42 +23,12 @@ from ..storage.safetensors_stream import CheckpointReader, Entry, SafetensorsWri
 from .checkpoint import TernaryCheckpoint
 from .config_json import in_bfloat16, read_config, read_plan, with_rope_theta
 from .folder_writer import FolderFormat, require_scale
-from .format import WayToRun, in_transformers
 from .recognize import recognize
 
 
 class PackedFormat(FolderFormat):
     def open(self, path: str | Path, config: Mapping[str, Any] | None = None) -> TernaryCheckpoint:
         return PackedCheckpoint(path, config)
-
-    def ways_to_run(self, path: str) -> list[WayToRun]:
-        note = (
-            "Transformers compiles its unpacking, which needs a C++ compiler; `TORCH_COMPILE_DISABLE=1` does "
-            "without."
-        )
-        quoted, exact = shlex.quote(path), "the trained model's logits, bit for bit"
-        ours = "With axolotl-bitnet installed there. On a GPU weights stay at 2 bits."
-        return [
-            in_transformers(path, "5.16 and 5.20, float32, CPU", exact, note),
-            WayToRun(
-                "transformers with axolotl-bitnet",
-                "CPU, GPU",
-                "bash",
-                f"axolotl-bitnet chat {quoted}",
-                "float32 and bfloat16, CPU; H100",
-                f"{exact}, in bfloat16 too",
-                ours,
-            ),
-            WayToRun(
-                "vLLM with axolotl-bitnet",
-                "CPU, GPU",
-                "bash",
-                f"vllm serve {quoted}",
-                "0.32, float32, CPU; on a GPU the layer alone",
-                "greedy tokens equal but for near ties",
-                f"{ours} One GPU per model.",
-            ),
-        ]
 
     def config_of(self, source: TernaryCheckpoint) -> dict[str, Any]:
         return packed_config(source.config, source.names)

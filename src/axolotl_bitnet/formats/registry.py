@@ -1,15 +1,21 @@
-"""The one table of formats: what each is called, where a run puts it, and the :class:`~.format.Format` that
-writes and reads it.
+"""The one table of formats: what each is called, where a run puts it, how it is run, and the
+:class:`~.format.Format` that writes and reads it.
 
-A row is strings. A format's module is imported when it is used: validating a config imports none.
+A format's module, which imports torch, is imported when it is used: validating a config and drawing a report
+import none.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
+
+from . import ways_to_run as run
+from .ways_to_run import WayToRun
 
 if TYPE_CHECKING:
     from .format import Format
@@ -25,6 +31,8 @@ class Row:
         title: what it is, in a few words.
         command: what writes it, after ``axolotl-bitnet``.
         home: ``module:name`` of its :class:`~.format.Format`, below this package.
+        ways_to_run: for a path, which is written into the commands as it is: ways to run what is there, the
+            usual way first.
     """
 
     name: str
@@ -32,6 +40,7 @@ class Row:
     title: str
     command: str
     home: str
+    ways_to_run: Callable[[str], list[WayToRun]]
 
     @property
     def folder(self) -> str:
@@ -56,12 +65,19 @@ def output_dir_of(source: Path) -> Path:
 
 
 _ROWS = (
-    Row("packed", "packed", "2 bits per weight", "pack", "packed:PACKED"),
-    Row("gguf-tq2_0", "gguf/model-TQ2_0.gguf", "GGUF, TQ2_0", "gguf --type tq2_0", "gguf.tq:TQ2_0"),
-    Row("gguf-tq1_0", "gguf/model-TQ1_0.gguf", "GGUF, TQ1_0", "gguf --type tq1_0", "gguf.tq:TQ1_0"),
-    Row("gguf-q2_0", "gguf/model-Q2_0.gguf", "GGUF, Q2_0", "gguf --type q2_0", "gguf.q2_0:Q2_0"),
-    Row("dense", "dense", "dense bfloat16", "revert", "dense:DENSE"),
-    Row("mlx", "mlx", "2 bits, for MLX", "mlx", "mlx:MLX"),
+    Row("packed", "packed", "2 bits per weight", "pack", "packed:PACKED", run.packed),
+    Row("gguf-tq2_0", "gguf/model-TQ2_0.gguf", "GGUF, TQ2_0", "gguf --type tq2_0", "gguf.tq:TQ2_0", run.gguf),
+    Row("gguf-tq1_0", "gguf/model-TQ1_0.gguf", "GGUF, TQ1_0", "gguf --type tq1_0", "gguf.tq:TQ1_0", run.gguf),
+    Row(
+        "gguf-q2_0",
+        "gguf/model-Q2_0.gguf",
+        "GGUF, Q2_0",
+        "gguf --type q2_0",
+        "gguf.q2_0:Q2_0",
+        partial(run.gguf, device="GPU"),
+    ),
+    Row("dense", "dense", "dense bfloat16", "revert", "dense:DENSE", run.dense),
+    Row("mlx", "mlx", "2 bits, for MLX", "mlx", "mlx:MLX", run.mlx),
 )
 
 FORMATS: dict[str, Row] = {row.name: row for row in _ROWS}

@@ -20,7 +20,7 @@ from ..ternary import EPSILON, latents_of, scale_of
 from .checkpoint import TernaryCheckpoint
 from .export import open_checkpoint
 from .folder_writer import MatrixFormat
-from .format import Proof, WayToRun
+from .format import Proof
 from .latent import LatentCheckpoint
 from .recognize import recognize
 from .third_party import open_unlisted
@@ -94,9 +94,6 @@ class Latents(MatrixFormat):
 
     def open(self, path: str | Path, config: Mapping[str, Any] | None = None) -> TernaryCheckpoint:
         return LatentCheckpoint(path, config)
-
-    def ways_to_run(self, path: str) -> list[WayToRun]:
-        return []
 
     def config_of(self, source: TernaryCheckpoint) -> dict[str, Any]:
         """In the source's dtype, but for float16, whose range is too small for latents."""

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from ..formats.format import WayToRun
 from ..formats.registry import FORMATS
 from ..formats.unplaced import KEY, note_of
+from ..formats.ways_to_run import WayToRun
 from ..run_folder import CARD, RUN_FILE, RUN_LOG
 from ..storage.atomic import CheckpointError, read_json
 
@@ -64,7 +64,7 @@ def _section(output_dir: Path, artifacts: Sequence[str], repository: str | None)
         includes = " ".join(f"--include '{folder}/*'" for folder in folders)
         lines += ["", "```bash", f"hf download {repository} {includes} --local-dir {root}", "```"]
     for name in artifacts:
-        for way in FORMATS[name].format.ways_to_run(f"{root}/{FORMATS[name].path}"):
+        for way in FORMATS[name].ways_to_run(f"{root}/{FORMATS[name].path}"):
             lines += ["", f"### {name}, in {way.engine} ({way.device})", "", *_way(way)]
     lines += [
         "",

@@ -206,7 +206,7 @@ def commands(run: Run) -> list[dict[str, str]]:
             continue
         where = str(run.folder / path)
         if row := FORMATS.get(str(name)):
-            for way in row.format.ways_to_run(where):
+            for way in row.ways_to_run(where):
                 found.append({"title": f"{name}, in {way.engine} ({way.device})", "text": way.text})
             check = f"axolotl-bitnet verify {shlex.quote(where)}"
             found.append({"title": f"Is {name} still the model that trained?", "text": check})

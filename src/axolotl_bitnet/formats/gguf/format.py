@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from ...storage.atomic import CheckpointError, require_apart, require_free_file
 from ..checkpoint import TernaryCheckpoint
-from ..format import PROMPT, Format, Proof, WayToRun
+from ..format import Format, Proof
 from . import architecture as llama
 from .header import MAGIC
 from .library import library
@@ -30,12 +29,10 @@ class GGUFFormat(Format):
     Attributes:
         type: of the ternary layers.
         embeddings: type of embedding and head: bf16, f16 or q8_0.
-        device: that llama.cpp is quick on with this type.
     """
 
     type: TernaryType
     embeddings: str = "bf16"
-    device: str = "CPU"
 
     def require_writable(self, source: TernaryCheckpoint, dst: str | Path, overwrite: bool = False) -> int:
         require_apart(source.folder, Path(dst))
@@ -56,11 +53,6 @@ class GGUFFormat(Format):
 
     def open(self, path: str | Path, config: Mapping[str, Any] | None = None) -> TernaryCheckpoint:
         return GGUFCheckpoint(path)
-
-    def ways_to_run(self, path: str) -> list[WayToRun]:
-        text = f'llama-cli -m {shlex.quote(path)} -p "{PROMPT}" -n 64'
-        result = "greedy tokens equal; perplexity within 1 %"
-        return [WayToRun("llama.cpp", self.device, "bash", text, "xllamacpp 2026.10, CPU", result)]
 
     def refusals(self, config: Mapping[str, Any], tokenizer: Path | None) -> list[str]:
         try:

@@ -59,4 +59,4 @@ def decode(packed: Tensor) -> tuple[Tensor, Tensor]:
     return digits.view(torch.int8).reshape(rows, -1) - 1, d
 
 
-Q2_0 = GGUFFormat(TernaryType("q2_0", 42, 41, BLOCK, BLOCK_BYTES, encode, decode), device="GPU")
+Q2_0 = GGUFFormat(TernaryType("q2_0", 42, 41, BLOCK, BLOCK_BYTES, encode, decode))

@@ -157,7 +157,7 @@ def test_what_passes_at_first_sight_passes_the_schema() -> None:
         "bf16",
         "x",
     ]
-    values += ["auto", "native", [], ["packed"], ["x"], [1], {}]
+    values += ["auto", "native", "base", "stretch", "", [], ["packed"], ["x"], [1], {}]
     for key, plain in _PLAIN.items():
         passed = [value for value in values if plain(value)]
         assert passed, key

@@ -35,12 +35,21 @@ def _words(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
 _PLAIN: dict[str, Callable[[Any], bool]] = {
-    "learning_rate_multiplier": lambda value: isinstance(value, int | float) and 0 < value < math.inf,
+    "learning_rate_multiplier": _positive,
     "learning_rate_scope": _one_of("all", "ternary"),
     "latent_dtype": _one_of("float32", "bfloat16"),
     "skip_modules": _words,
     "backward": _one_of("bf16", "int8_dx", "int8"),
+    "ramp_steps": lambda value: isinstance(value, int) and value >= 0,
+    "teacher": lambda value: isinstance(value, str) and value != "",
+    "teacher_temperature": _positive,
+    "teacher_weight": lambda value: _positive(value) and value <= 1,
+    "start": _one_of("base", "stretch"),
     "gather": _one_of("auto", "ternary", "native"),
     "export": lambda value: _words(value) and set(value) <= FORMATS.keys(),
     **dict.fromkeys(("fuse", "monitor", "verify"), lambda value: isinstance(value, bool)),

@@ -104,15 +104,18 @@ class Study:
         self.failed, self.succeeded = 0, 0
         self.awaited: set[Setting] = set()  # whose weights are not there yet
 
+    def fresh(self, settings: list[Setting]) -> list[Setting]:
+        """Those that have no row without an error."""
+        done = {design.key(row) for row in self.rows if not row["error"]}
+        return [setting for setting in settings if design.key(setting) not in done]
+
     def run(self, settings: list[Setting], sources: Sequence[Setting] = ()) -> None:
         """All that have no row yet; as many as fit before the deadline.
 
         Args:
             sources: run first, and again if they have a row: others start from their weights.
         """
-        done = {design.key(row) for row in self.rows if not row["error"]}
-        fresh = [setting for setting in settings if design.key(setting) not in done]
-        queue = list(dict.fromkeys([*sources, *fresh]))
+        queue = list(dict.fromkeys([*sources, *self.fresh(settings)]))
         self.awaited = set(sources)
         while queue or any(worker.setting for worker in self.workers):
             left = self.deadline - time.monotonic()
@@ -205,7 +208,7 @@ def main() -> None:
         base = Setting(steps=args.steps)
         for stage in args.stages:
             settings = design.STAGES[stage](study.rows, base)[: args.first]
-            needed = {setting.model for setting in settings if setting.start == "trained"}
+            needed = {setting.model for setting in study.fresh(settings) if setting.start == "trained"}
             sources = [
                 each
                 for each in design.trained(study.rows, base)

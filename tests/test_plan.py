@@ -110,8 +110,31 @@ def test_scope_and_layouts() -> None:
     assert found.rates == {"ternary weights": pytest.approx(5e-4), "everything else": 5e-5}
     assert found.sharding == "fsdp2" and found.memory[8].peak < found.memory[1].peak / 1.5
     dpo = plan_run(_recipe("dpo.yaml"), SHAPES["3B"])
-    assert dpo.tokens == 2 * 8192 and dpo.memory[1].reference > 0
+    assert dpo.tokens == 2 * 8192 and dpo.memory[1].frozen == 2 * dpo.outline.parameters
     assert plan_run(_recipe(deepspeed={"zero_optimization": {"stage": 2}}), SHAPES["1B"]).memory == {}
+
+
+def test_what_decides_the_head(tmp_path: Path) -> None:
+    """Compiled and chunked losses keep no float32 logits; a preference method's is its own."""
+    shape = SHAPES["1B"]
+
+    def work(name: str = "sft-1b.yaml", **keys: Any) -> float:
+        return plan_run(_recipe(name, **keys), shape).memory[1].work
+
+    fused = work(liger_fused_linear_cross_entropy=True)
+    assert fused < work(torch_compile=True) < 0.6 * work()
+    assert work("dpo.yaml", torch_compile=True) == work("dpo.yaml")
+    assert plan_run(_recipe(torch_compile=True), shape).memory[1].codes == 0
+
+    block = {"learning_rate_multiplier": 10, "teacher": "base"}
+    taught = plan_run(_recipe(bitnet=block), shape)
+    assert taught.outline is not None and taught.memory[1].frozen == 2 * taught.outline.parameters
+    assert taught.memory[1].work == fused
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["3B"]))
+    larger = plan_run(_recipe(bitnet=block | {"teacher": str(tmp_path)}), shape)
+    assert larger.memory[1].frozen > taught.memory[1].frozen and not larger.notes
+    unknown = plan_run(_recipe(bitnet=block | {"teacher": str(tmp_path / "none")}), shape)
+    assert unknown.memory[1].frozen == 0 and "the teacher's memory is not planned" in unknown.notes[0]
 
 
 def test_what_cannot_be_planned_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def _show(found: RunPlan) -> None:
         click.echo(f"memory of a GPU in GiB, {found.tokens:,} tokens a micro-batch; several GPUs: {layout}")
         click.echo("  GPUs  state  activations  work   peak  with reserve  fits a GPU of")
         for gpus, each in found.memory.items():
-            state = each.weights + each.gradients + each.moments + each.reference + each.codes
+            state = each.weights + each.gradients + each.moments + each.frozen + each.codes
             parts = (state, each.activations, each.work, each.peak, each.needed)
             row = "{:7.1f}{:13.1f}{:6.1f}{:7.1f}{:14.1f}".format(*(part / GIB for part in parts))
             fits = [f"{card}" for card in _CARDS if each.needed <= card * GIB]

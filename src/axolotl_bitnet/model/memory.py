@@ -5,10 +5,10 @@
     optimizer = weights + gradients + moments + temporary tensors
 
 What each is made of is in :func:`step_memory`. The numbers of bytes were read off the code that allocates
-them, and those of the head and of the residual stream set by `benchmarks/memory.py` (Axolotl 0.19, torch
-2.11, Falcon-E's shapes with random weights, H200): the formula is within 2 % of all twelve rows
-(`benchmarks/results/memory.csv`). Not measured: models whose MLP needs more than their head, preference
-methods, DDP, several replicas.
+them, and those of the head and of the residual stream set by `benchmarks/memory.py` and
+`benchmarks/in_the_run.py` (Axolotl 0.19, torch 2.11, Falcon-E's shapes with random weights, H100 and H200),
+without checkpointing by `experiments/convert_cost.py` (Qwen3's shapes); docs/which-gpu.md has the rows beside
+the formula. Not measured: models whose MLP needs more than their head, DDP, several replicas.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ CONTEXT = 0.8 * GIB
 
 _EIGHT_BIT = 1 + 4 / 256  # a code, and a float32 scale for each block of 256
 _FIXED = 0.09 * GIB  # workspaces of the libraries
+_CHUNK = 0.9 * GIB  # logits of a chunk, and the gradient of the head, where the loss is made in chunks
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ class Settings:
         checkpointing: activations are computed again in the backward pass.
         accumulates: a step has several micro-batches, so gradients are there while activations are.
         sharding: "fsdp2" or "ddp".
-        reference: a preference method keeps a reference model.
+        frozen: parameters of a second model in bfloat16: a preference method's reference, or a teacher.
+        compiled: `torch_compile: true`.
+        loss: "plain" (transformers', TRL's), "compiled", or "chunked" (a teacher's, Liger's fused one, cut
+            cross-entropy).
     """
 
     tokens: int
@@ -50,7 +54,9 @@ class Settings:
     checkpointing: bool = True
     accumulates: bool = True
     sharding: str = "fsdp2"
-    reference: bool = False
+    frozen: int = 0
+    compiled: bool = False
+    loss: str = "plain"
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Memory:
     weights: float
     gradients: float
     moments: float
-    reference: float
+    frozen: float
     codes: float
     activations: float
     work: float
@@ -87,12 +93,13 @@ def step_memory(outline: Outline, settings: Settings, gpus: int) -> Memory:
 
     - *Weights, gradients, moments*: of every parameter, divided by the GPUs under FSDP2. Without FSDP2
       Axolotl keeps embedding and head in float32 whatever the latents are.
-    - *Kept codes*: a byte per ternary weight, from a step's first micro-batch to its optimizer step
-      (not under FSDP2).
-    - *Saved activations*: with checkpointing each layer's input, 4 bytes per element. Else what a layer
-    saves.
-    - *Work*: the larger of the head (float32 logits and their gradients, 12 bytes a logit, 14 under FSDP2)
-      and one layer's backward; the head's bfloat16 copy; under FSDP2 what is gathered.
+    - *Kept codes*: a byte per ternary weight, from a step's first micro-batch to its optimizer step (not
+      under FSDP2, nor in compiled layers).
+    - *Saved activations*: with checkpointing each layer's input: float32, under FSDP2 bfloat16. Else what a
+      layer saves.
+    - *Work*: the larger of the head and one layer's backward; the head's bfloat16 copy; under FSDP2 what is
+      gathered. The head: bfloat16 logits, their float32 copy in the model's outputs, and unless the loss is
+      compiled two more in float32 (on one GPU one and a half).
     """
     shards = gpus if settings.sharding == "fsdp2" and gpus > 1 else 1
     sharded = shards > 1
@@ -103,27 +110,31 @@ def step_memory(outline: Outline, settings: Settings, gpus: int) -> Memory:
     if settings.sharding == "ddp" and gpus > 1:
         gradients *= 2  # buckets to reduce them in
     moments = settings.moment_bytes * parameters / shards
-    reference = 2 * parameters / shards if settings.reference else 0.0
-    codes = 0.0 if sharded else float(outline.ternary_weights)
+    frozen = 2 * settings.frozen / shards
+    codes = 0.0 if sharded or settings.compiled else float(outline.ternary_weights)
     if not (settings.accumulates or settings.checkpointing):
         codes = 0.0
     hidden, wide = outline.hidden, outline.intermediate
-    boundary = 4 * hidden * outline.layers * tokens
     if settings.checkpointing:
-        activations = float(boundary)
+        activations = float((2 if sharded else 4) * hidden * outline.layers * tokens)
     else:
         a_layer = (4 + 2 * latent) * hidden + 2 * outline.attention + 3 * outline.queries + 4 * wide
+        a_layer += 6 * outline.normed
         activations = float(a_layer * outline.layers * tokens)
-    head = ((14 if sharded else 12) * outline.vocabulary + (8 if sharded else 10) * hidden) * tokens
+    if settings.loss == "chunked":
+        head = 10 * hidden * tokens + _CHUNK
+    else:
+        logit = 6 if settings.loss == "compiled" else 14 if sharded else 12
+        head = (logit * outline.vocabulary + 10 * hidden) * tokens
     layer = (12 * wide + 32 * hidden) * tokens
     ternary_layer = outline.ternary_weights / max(outline.layers, 1)
     gathered = 2 * outline.embedding + ternary_layer if sharded else outline.embedding
     work = max(head, layer) + gathered
-    held = weights + moments + reference + _FIXED
+    held = weights + moments + frozen + _FIXED
     backward = held + codes + activations + work + (gradients if settings.accumulates else 0)
     temporary = latent * parameters / shards if settings.foreach else 0.0
     optimizer = held + gradients + temporary
     if not settings.accumulates:
         optimizer = max(optimizer, held + gradients + codes + gathered)  # the end of the backward pass
     peak = max(backward, optimizer)
-    return Memory(weights, gradients, moments, reference, codes, activations, work, peak)
+    return Memory(weights, gradients, moments, frozen, codes, activations, work, peak)

@@ -44,6 +44,7 @@ class Outline:
         hidden, intermediate, layers, vocabulary: sizes.
         attention: outputs of q, k and v together.
         queries: outputs of q alone.
+        normed: outputs of q and k together, where norms of their own follow them (Qwen3); else 0.
     """
 
     ternary: list[Matrix]
@@ -56,6 +57,7 @@ class Outline:
     vocabulary: int
     attention: int
     queries: int
+    normed: int
 
     @property
     def ternary_weights(self) -> int:
@@ -115,7 +117,8 @@ def outline_of(config: Mapping[str, Any], skip_modules: Iterable[str] = ()) -> t
     embedding = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
     norms = (2 * layers + 1) * hidden + (2 * head * layers if kind == "qwen3" else 0)
     others = embedding + norms + biases + skipped
-    sizes = (hidden, intermediate, layers, vocabulary, queries + 2 * keys, queries)
+    normed = queries + keys if kind == "qwen3" else 0
+    sizes = (hidden, intermediate, layers, vocabulary, queries + 2 * keys, queries, normed)
     return Outline(ternary, [*dense, "lm_head"], others, embedding, *sizes), problems
 
 

@@ -25,6 +25,8 @@ from .refusals.base import base_refusals, export_refusals
 GPUS = (1, 2, 4, 8)
 _PAIRS = ("dpo", "ipo", "orpo", "simpo")
 _REFERENCE = ("dpo", "ipo", "kto")
+_NO_LOGITS = ("cut_cross_entropy", "liger_fused_linear_cross_entropy")
+"""Keys of losses that never have all logits in memory."""
 
 
 def _one_of(*values: str) -> Callable[[Any], bool]:
@@ -64,6 +66,7 @@ class _Options:
     learning_rate_multiplier: float = 1.0
     learning_rate_scope: str = "all"
     latent_dtype: str = "float32"
+    teacher: str | None = None
     skip_modules: Sequence[str] = ()
     export: Sequence[str] = ("packed",)
 
@@ -129,7 +132,7 @@ def plan_run(cfg: Mapping[str, Any], base: Mapping[str, Any] | None, folder: Pat
     if cfg.get("deepspeed"):
         plan.notes.append("memory is not planned under DeepSpeed")
     else:
-        settings = settings_of(cfg, options)
+        settings = settings_of(cfg, options, _frozen(cfg, options, outline, plan.notes))
         plan.tokens, plan.sharding = settings.tokens, settings.sharding
         plan.memory = {gpus: step_memory(outline, settings, gpus) for gpus in GPUS}
     latent = 2 if options.latent_dtype == "bfloat16" else 4
@@ -137,13 +140,33 @@ def plan_run(cfg: Mapping[str, Any], base: Mapping[str, Any] | None, folder: Pat
     return plan
 
 
-def settings_of(cfg: Mapping[str, Any], options: _Options) -> Settings:
+def _frozen(cfg: Mapping[str, Any], options: _Options, outline: Outline, notes: list[str]) -> int:
+    """Parameters of the second model: a reference, or a teacher. A note, if its size is not known."""
+    if str(cfg.get("rl") or "") in _REFERENCE or options.teacher == "base":
+        return outline.parameters
+    if options.teacher is None:
+        return 0
+    shape, where = base_config({"base_model": options.teacher})
+    try:
+        if shape is None:
+            raise UnknownShape(where)
+        return outline_of(shape)[0].parameters
+    except UnknownShape as error:
+        notes.append(f"the teacher's memory is not planned: {error}")
+        return 0
+
+
+def settings_of(cfg: Mapping[str, Any], options: _Options, frozen: int = 0) -> Settings:
     """What decides the memory of a step."""
     method = str(cfg.get("rl") or "")
     rows = int(cfg.get("micro_batch_size") or 1) * (2 if method in _PAIRS else 1)
     sharding = cfg.get("fsdp_config") or {}
     latent = 2 if options.latent_dtype == "bfloat16" else 4
     optimizer = str(cfg.get("optimizer") or "adamw_torch_fused")
+    compiled = cfg.get("torch_compile") is True
+    loss = "compiled" if compiled and not method else "plain"
+    if options.teacher or any(cfg.get(key) for key in _NO_LOGITS):
+        loss = "chunked"
     return Settings(
         tokens=rows * int(cfg.get("sequence_len") or 512),
         latent_bytes=latent,
@@ -152,7 +175,9 @@ def settings_of(cfg: Mapping[str, Any], options: _Options) -> Settings:
         checkpointing=bool(cfg.get("gradient_checkpointing") or sharding.get("activation_checkpointing")),
         accumulates=int(cfg.get("gradient_accumulation_steps") or 1) > 1,
         sharding="fsdp2" if sharding else "ddp",
-        reference=method in _REFERENCE,
+        frozen=frozen,
+        compiled=compiled,
+        loss=loss,
     )
 
 

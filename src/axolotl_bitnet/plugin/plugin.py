@@ -30,6 +30,7 @@ from ..training.latents import match_reference, restore_low_bits, ternary_name_p
 from ..training.log import info, is_main_process, warn
 from ..training.rounding import seed_the_rounding
 from ..training.trainer_epoch import resume_epochs
+from ..training.trainer_loss import filter_losses
 from ..training.trainer_save import forget_before_saving
 from .args import BitNetConfig
 from .artifacts import refuse_taken, set_aside
@@ -50,7 +51,7 @@ from .run_log import RunLog, given, report_run
 from .teacher import check_teacher, start_of
 from .upstream.fsdp2_offload import connect_for_offload
 from .upstream.save_once import save_once
-from .upstream.sdpa_varlen import ask_once_a_batch
+from .upstream.sdpa_varlen import ask_ahead, ask_once_a_batch
 from .upstream.trl_reference import refuse_dense_judges, refuse_dense_reference, settle_reference
 from .upstream.trl_reference_cache import key_precomputed_references
 from .upstream.trl_rollouts import roll_out_packed
@@ -196,6 +197,9 @@ class BitNetPlugin(BasePlugin):
         if self._repository is not None:  # else pushes in the course of training would take them along
             set_aside(cfg.output_dir, weights=False)
         forget_before_saving(trainer)
+        filter_losses(trainer)
+        if cfg.sample_packing:
+            ask_ahead(trainer)
         if self._resumed is not None:
             resume_epochs(trainer)
         if rounds_stochastically(cfg):

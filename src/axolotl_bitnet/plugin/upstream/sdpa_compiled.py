@@ -11,7 +11,6 @@ for packed rows, transformers' own for others. Models that are not compiled (a t
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sdpa_varlen import SYMBOLS
+from .sdpa_varlen import SYMBOLS, find
 
 
 def ask_before_the_layers(model: Any) -> bool:
@@ -32,21 +31,13 @@ def ask_before_the_layers(model: Any) -> bool:
 
     asking = ALL_ATTENTION_FUNCTIONS["sdpa"]
     stock = getattr(asking, "_axolotl_sdpa_original", None)
-    if stock is None or any(_find(*symbol) is None for symbol in SYMBOLS):
+    if stock is None or any(find(*symbol) is None for symbol in SYMBOLS):
         return False
     attention = partial(_attention, asking, stock)
     vars(attention)["_axolotl_sdpa_original"] = stock
     ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)
     model.base_model.register_forward_pre_hook(_with_lengths, with_kwargs=True)
     return True
-
-
-def _find(module_name: str, name: str) -> Any:
-    """A function of another package, or None where there is none."""
-    try:
-        return getattr(importlib.import_module(module_name), name, None)
-    except ImportError:
-        return None
 
 
 def _with_lengths(
@@ -56,7 +47,7 @@ def _with_lengths(
     ids = kwargs.get("position_ids")
     if ids is None or "cu_seq_lens_q" in kwargs:
         return args, kwargs
-    is_packed, lengths_of = (_find(*symbol) for symbol in SYMBOLS)  # as they are now: patched, perhaps
+    is_packed, lengths_of = (find(*symbol) for symbol in SYMBOLS)
     if not is_packed(ids):
         return args, kwargs
     (first_q, first_k), (longest_q, longest_k) = lengths_of(ids if ids.dim() > 1 else ids[None])

@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import ops
+from . import parts
 from .gathered_weight import GatheredWeight
-from .products import Backward, Inputs, OutputGradient, weight_gradient
-from .shared_input import shared_activation_codes, take_output
+from .products import Backward, weight_gradient
+from .shared_input import Projected, shared_activation_codes, take_output
 from .stretch import unstretched
 from .weight_codes import dequantized_weight, ternarize
 
@@ -63,6 +64,8 @@ class BitLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.ramp is not None:
             return ramped_linear(input, self.weight, self.bias, self.ramp, self.stretch)
+        if isinstance(input, Projected):
+            return input.output_of(self)
         if (output := take_output(input, self)) is not None:
             return output
         return bitlinear(input, self.weight, self.bias, self.backward)
@@ -87,7 +90,8 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backward: B
 def bitlinears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Backward]]) -> tuple[Tensor, ...]:
     """:func:`bitlinear` of one x with several weights, biases and ``backward``, as one autograd function.
 
-    The gradient of x is summed in the products, with a rounding less for each than by separate layers.
+    The weights have one dtype, and ``backward`` is the same for all. The gradient of x is summed in the
+    products, with a rounding less for each than by separate layers.
     """
     dtype = compute_dtype(x)
     with no_autocast(x):
@@ -101,39 +105,44 @@ class _BitLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, codes_x: Tensor, r: Tensor, dtype: torch.dtype, *parameters: Any
     ) -> tuple[Tensor, ...]:
         # Three per layer: with two, a compiler without gradients takes ctx for superfluous, by their number.
-        weights, biases, ctx.precisions = parameters[::3], parameters[1::3], parameters[2::3]
-        coded = [ternarize(weight) for weight in weights]
+        weights, biases, (ctx.precision, *_) = parameters[::3], parameters[1::3], parameters[2::3]
+        results = parts.project([*weights], [], codes_x, r, [*biases], dtype)
         ctx.save_for_backward(codes_x, r, *weights)
-        ctx.means = [g for _, _, g in coded]  # one number each: not worth a saved-tensor hook
+        ctx.means = results[len(weights) :]  # one number each: not worth a saved-tensor hook
         ctx.x_dtype = x.dtype
         ctx.set_materialize_grads(False)
-        return tuple(
-            ops.matmul(codes_x, r, codes_w, s, bias, dtype)
-            for (codes_w, s, _), bias in zip(coded, biases, strict=True)
-        )
+        return tuple(results[: len(weights)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         codes_x, r, *weights = ctx.saved_tensors
         needs_x, _, _, _, *needs = ctx.needs_input_grad
-        dx, inputs = None, Inputs(codes_x, r)
-        gradients: list[Tensor | None] = []
-        for dy, weight, g, precision, needs_weight, needs_bias in zip(
-            dys, weights, ctx.means, ctx.precisions, needs[::3], needs[1::3], strict=True
-        ):
-            dw = db = None
-            if dy is not None:
-                with no_autocast(dy):
-                    gradient = OutputGradient(dy, r, precision)
-                    if needs_x:
-                        dx = gradient.of_input(weight, g, onto=dx)
-                    if needs_weight:
-                        dw = gradient.of_weight(inputs, weight.dtype)
-                    if needs_bias:
-                        db = dy.flatten(0, -2).sum(0) if dy.dim() > 1 else dy
-            gradients += [dw, db, None]
-        dx = None if dx is None else dx.to(ctx.x_dtype)
+        gradients: list[Tensor | None] = [None] * len(needs)
+        given = [(place, dy) for place, dy in enumerate(dys) if dy is not None]
+        if not given:
+            return None, None, None, None, *gradients
+        wanted = [needs_x, *(needs[3 * place] for place, _ in given)]
+        with no_autocast(given[0][1]):
+            results = iter(
+                parts.project_backward(
+                    [weights[place] for place, _ in given],
+                    [],
+                    [ctx.means[place] for place, _ in given],
+                    [dy for _, dy in given],
+                    codes_x,
+                    r,
+                    ctx.precision,
+                    wanted,
+                    weights[0].dtype,
+                )
+            )
+            dx = next(results).to(ctx.x_dtype) if needs_x else None
+            for place, dy in given:
+                if needs[3 * place]:
+                    gradients[3 * place] = next(results)
+                if needs[3 * place + 1]:
+                    gradients[3 * place + 1] = dy.flatten(0, -2).sum(0) if dy.dim() > 1 else dy
         return dx, None, None, None, *gradients
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import ops
+from . import parts
 from .bitlinear import (
     BitLinear,
     compute_dtype,
@@ -27,7 +28,7 @@ from .bitlinear import (
     is_bare,
     no_autocast,
 )
-from .products import Backward, Inputs, OutputGradient
+from .products import Backward
 from .projections import has_projections, project_together
 from .shared_input import share_activation_codes, shared_activation_codes
 from .weight_codes import ternarize
@@ -77,10 +78,10 @@ class SwiGLU(nn.Module):
     down_proj: BitLinear
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = (self.gate_proj, self.up_proj, self.down_proj)
-        if not all(map(is_bare, parts)):
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        if not all(map(is_bare, layers)) or len({layer.weight.dtype for layer in layers}) > 1:
             return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-        gate, up, down = (part.weight for part in parts)
+        gate, up, down = (layer.weight for layer in layers)
         return swiglu(x, gate, up, down, self.down_proj.backward)
 
 
@@ -132,11 +133,7 @@ class _SwiGLU(torch.autograd.Function):
         dtype: torch.dtype,
         precision: Backward,
     ) -> tuple[Tensor, ...]:
-        codes, s, g_gate = ternarize(w_gate)
-        gate = ops.matmul(codes_x, r, codes, s, None, dtype)
-        codes, s, g_up = ternarize(w_up)
-        up = ops.matmul(codes_x, r, codes, s, None, dtype)
-        codes_h, r_h = ops.swiglu_quantize(gate, up)
+        gate, up, codes_h, r_h, g_gate, g_up = parts.gate_and_up([w_gate, w_up], [], codes_x, r, dtype)
         codes, s, g_down = ternarize(w_down)
         ctx.save_for_backward(codes_x, r, gate, up, r_h, w_gate, w_up, w_down)
         ctx.means = g_gate, g_up, g_down
@@ -152,31 +149,21 @@ class _SwiGLU(torch.autograd.Function):
         codes_x, r, gate, up, r_h, w_gate, w_up, w_down = ctx.saved_tensors
         g_gate, g_up, g_down = ctx.means
         needs_x, _, _, needs_gate, needs_up, needs_down, _, _ = ctx.needs_input_grad
-        dx = dw_gate = dw_up = dw_down = None
+        wanted, precision, dtype = [needs_x, needs_gate, needs_up], ctx.precision, w_gate.dtype
         with no_autocast(dy):
-            dy = dy.contiguous()
-            gradient = OutputGradient(dy, r_h, ctx.precision)
-            dh = gradient.of_input(w_down, g_down)
-            as_codes = ctx.precision == "int8"
-            dgate, dup, h = ops.swiglu_backward(dh, gate, up, r_h, as_codes)
-            del dh
-            if needs_down:
-                inputs = Inputs(h, r_h) if as_codes else Inputs(dense=h)
-                dw_down = gradient.of_weight(inputs, w_down.dtype)
-                del inputs
-            del h
-            inputs = Inputs(codes_x, r)
-            gradient = OutputGradient(dgate, r, ctx.precision)
-            if needs_gate:
-                dw_gate = gradient.of_weight(inputs, w_gate.dtype)
-            if needs_x:
-                dx = gradient.of_input(w_gate, g_gate)
-            gradient = OutputGradient(dup, r, ctx.precision)
-            if needs_up:
-                dw_up = gradient.of_weight(inputs, w_up.dtype)
-            if needs_x:
-                dx = gradient.of_input(w_up, g_up, onto=dx).to(ctx.x_dtype)
-        return dx, None, None, dw_gate, dw_up, dw_down, None, None
+            dgate, dup, *dw_down = parts.down_backward(
+                [w_down], [], [g_down], dy, gate, up, r_h, precision, needs_down, dtype
+            )
+            del gate, up
+            results = iter(
+                parts.project_backward(
+                    [w_gate, w_up], [], [g_gate, g_up], [dgate, dup], codes_x, r, precision, wanted, dtype
+                )
+            )
+        dx = next(results).to(ctx.x_dtype) if needs_x else None
+        dw_gate = next(results) if needs_gate else None
+        dw_up = next(results) if needs_up else None
+        return dx, None, None, dw_gate, dw_up, dw_down[0] if needs_down else None, None, None
 
 
 class _Down(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ class GatheredWeight(Tensor):
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if read := _READS.get(function):
+        if read := READS.get(function):
             return read(*args)
         if function is torch.ops.aten.detach.default:
             weight = args[0]
@@ -127,6 +127,23 @@ class GatheredWeight(Tensor):
         return ops.dequantize_shards(self.packed, self.g, self.shape[0], dtype or self.dtype)
 
 
+class Shards(NamedTuple):
+    """A gathered weight inside an operation, where a tensor that acts as another only takes time."""
+
+    packed: Tensor
+    g: Tensor
+    s: Tensor
+    rows: int
+
+    def codes(self) -> Tensor:
+        """int8 of the weight's shape."""
+        return ops.unpack_shards(self.packed, self.rows)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """``codes / s``."""
+        return ops.dequantize_shards(self.packed, self.g, self.rows, dtype)
+
+
 def _dense(value: Any) -> Any:
     """An operator's arguments, with the gathered weights in them as ``codes / s``."""
     if isinstance(value, GatheredWeight):
@@ -137,7 +154,7 @@ def _dense(value: Any) -> Any:
 
 
 _OPS = torch.ops.axolotl_bitnet
-_READS: dict[Any, Callable[..., Any]] = {
+READS: dict[Any, Callable[..., Any]] = {  # :mod:`.parts` adds its own
     _OPS.ternarize.default: lambda weight: (weight.codes(), weight.s, weight.g),
     _OPS.dequantized_weight.default: lambda weight, g, dtype: weight.dense(dtype),
     _OPS.transposed_codes.default: lambda weight, g: (weight.codes().t().contiguous(), weight.s),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .weight_codes import dequantized_weight, transposed_codes
+from .weight_codes import Weight, dequantized_weight, transposed_codes
 
 Backward = Literal["bf16", "int8_dx", "int8"]
 """Which products of the backward are 8-bit: none (dY's own dtype, bf16 as a rule), that of dX, or both."""
@@ -55,15 +55,15 @@ class OutputGradient:
     Args:
         dy: (..., out_features).
         r: float32 (..., 1), the scales of the layer's x.
-        precision: of the products.
+        precision: of the products, a :data:`Backward`.
     """
 
-    def __init__(self, dy: Tensor, r: Tensor, precision: Backward) -> None:
+    def __init__(self, dy: Tensor, r: Tensor, precision: str) -> None:
         self.dy, self.r, self.precision = dy, r, precision
         if precision == "int8":
             self.codes, self.scale, self.peak = ops.quantize_gradient(dy, r)
 
-    def of_input(self, weight: Tensor, g: Tensor, onto: Tensor | None = None) -> Tensor:
+    def of_input(self, weight: Weight, g: Tensor, onto: Tensor | None = None) -> Tensor:
         """``dY . (codes_w / s)``, (..., in_features) in dY's dtype; added to ``onto``, in place, if there is
         one."""
         dy = self.dy

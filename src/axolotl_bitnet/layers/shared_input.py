@@ -54,6 +54,20 @@ def take_output(x: Tensor, layer: nn.Module) -> Tensor | None:
     return None if attached is None else attached.pop(id(layer), None)
 
 
+class Projected:
+    """What stands for x in a compiled attention module, whose projections of it have been computed: a
+    compiler knows no attributes of tensors. Everything else is x's."""
+
+    def __init__(self, x: Tensor, layers: Sequence[nn.Module], outputs: Sequence[Tensor]) -> None:
+        self.x, self.pairs = x, tuple(zip(layers, outputs, strict=True))
+
+    def output_of(self, layer: nn.Module) -> Tensor:
+        return next(output for other, output in self.pairs if other is layer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.x, name)
+
+
 _CODES = "_axolotl_bitnet_codes"
 _OUTPUTS = "_axolotl_bitnet_outputs"
 

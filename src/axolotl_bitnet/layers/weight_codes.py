@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import ops
-from .gathered_weight import GatheredWeight
+from .gathered_weight import GatheredWeight, Shards
 
+Weight = Tensor | Shards
 _Codes = tuple[Tensor, Tensor, Tensor]  # codes, s, g
 
 
@@ -36,8 +37,10 @@ class Window:
 _window: Window | None = None
 
 
-def ternarize(weight: Tensor) -> _Codes:
+def ternarize(weight: Weight) -> _Codes:
     """:func:`axolotl_bitnet.ops.ternarize`, once for as long as the weights are declared constant."""
+    if isinstance(weight, Shards):
+        return weight.codes(), weight.s, weight.g
     if torch.compiler.is_compiling():
         return ops.ternarize(weight)
     if type(weight) is GatheredWeight:  # not through torch's dispatcher: it takes longer than a launch
@@ -53,15 +56,19 @@ def ternarize(weight: Tensor) -> _Codes:
     return codes
 
 
-def dequantized_weight(weight: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantized_weight(weight: Weight, g: Tensor, dtype: torch.dtype) -> Tensor:
     """:func:`axolotl_bitnet.ops.dequantized_weight` of latents or of a gathered weight."""
+    if isinstance(weight, Shards):
+        return weight.dense(dtype)
     if type(weight) is GatheredWeight and not torch.compiler.is_compiling():
         return weight.dense(dtype)
     return ops.dequantized_weight(weight, g, dtype)
 
 
-def transposed_codes(weight: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def transposed_codes(weight: Weight, g: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`axolotl_bitnet.ops.transposed_codes` of latents or of a gathered weight."""
+    if isinstance(weight, Shards):
+        return weight.codes().t().contiguous(), weight.s
     if type(weight) is GatheredWeight and not torch.compiler.is_compiling():
         return weight.codes().t().contiguous(), weight.s
     return ops.transposed_codes(weight, g)

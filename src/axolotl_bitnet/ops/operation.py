@@ -40,6 +40,12 @@ class Operation(Protocol[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
 
+class Composed(Operation[P, R], Protocol[P, R]):
+    """An operation made of others: ``opaque`` is what a compiler's code calls."""
+
+    opaque: Callable[P, R]
+
+
 def operation(
     kernels: str, fits: Callable[..., Any], fake: Callable[..., Any] | None
 ) -> Callable[[Callable[P, R]], Operation[P, R]]:
@@ -76,6 +82,27 @@ def operation(
 
         call.plain = typed  # type: ignore[attr-defined]
         return cast(Operation[P, R], call)
+
+    return decorate
+
+
+def composed(fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Composed[P, R]]:
+    """Make one operation of a function that calls several: a compiler's code then calls Python once.
+
+    Args:
+        fake: empty results for these arguments.
+    """
+
+    def decorate(typed: Callable[P, R]) -> Composed[P, R]:
+        body: Callable[..., Any] = typed
+        opaque = _register(typed.__name__, body, body, fake)
+
+        @wraps(body)
+        def call(*args: Any) -> Any:
+            return opaque(*args) if torch.compiler.is_compiling() else body(*args)
+
+        call.plain, call.opaque = typed, opaque  # type: ignore[attr-defined]
+        return cast(Composed[P, R], call)
 
     return decorate
 

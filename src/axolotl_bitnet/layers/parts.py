@@ -1,0 +1,170 @@
+"""The parts of a layer, each one call in the code that a compiler writes.
+
+A compiled layer calls every operation from Python, through torch's dispatcher, and a small step waits for it:
+a Llama layer's forward, second forward and backward were 59 calls. So what one autograd function computes is
+one operation, or two where a tensor can be freed in between. In eager mode these are plain functions.
+
+``weights`` are latents, with ``shards`` empty; or, of gathered weights, as a compiler sees them, ``packed``,
+``g`` and ``s`` of each, with their rows in ``shards``. ``means`` are absmeans of weights. Gradients of biases
+are not here: a compiler fuses these sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.operation import Composed, composed
+from .gathered_weight import READS, GatheredWeight, Shards
+from .products import Inputs, OutputGradient
+from .weight_codes import Weight, ternarize
+
+
+def _sources(weights: Sequence[Any], shards: Sequence[int]) -> Sequence[Weight]:
+    """The weights as the functions of :mod:`.weight_codes` take them."""
+    each = zip(weights[::3], weights[1::3], weights[2::3], shards, strict=True) if shards else ()
+    return [Shards(*one) for one in each] if shards else weights
+
+
+def _rows(weights: Sequence[Tensor], shards: Sequence[int]) -> Sequence[int]:
+    return shards or [weight.shape[0] for weight in weights]
+
+
+def _new_means(like: Tensor, weights: Sequence[Tensor], shards: Sequence[int]) -> list[Tensor]:
+    return [] if shards else [like.new_empty((), dtype=torch.float32) for _ in weights]
+
+
+def _project_fake(weights: Any, shards: Any, codes_x: Tensor, r: Tensor, biases: Any, dtype: Any) -> Any:
+    shape = codes_x.shape[:-1]
+    outputs = [codes_x.new_empty((*shape, rows), dtype=dtype) for rows in _rows(weights, shards)]
+    return outputs + _new_means(codes_x, weights, shards)
+
+
+@composed(_project_fake)
+def project(
+    weights: list[Tensor],
+    shards: list[int],
+    codes_x: Tensor,
+    r: Tensor,
+    biases: list[Tensor | None],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """The products of one x with several weights, (..., out_features) each, then the weights' means."""
+    coded = [ternarize(weight) for weight in _sources(weights, shards)]
+    outputs = [
+        ops.matmul(codes_x, r, codes, s, bias, dtype)
+        for (codes, s, _), bias in zip(coded, biases, strict=True)
+    ]
+    return outputs if shards else outputs + [g for _, _, g in coded]
+
+
+def _project_backward_fake(
+    weights: Any, shards: Any, means: Any, dys: Any, codes_x: Tensor, r: Tensor, precision: str, wanted: Any,
+    dtype: Any,
+) -> Any:  # fmt: skip
+    columns, dy = codes_x.shape[-1], dys[0]
+    dx = [dy.new_empty((*dy.shape[:-1], columns))] if wanted[0] else []
+    each = zip(_rows(weights, shards), wanted[1:], strict=True)
+    return dx + [dy.new_empty((rows, columns), dtype=dtype) for rows, needed in each if needed]
+
+
+@composed(_project_backward_fake)
+def project_backward(
+    weights: list[Tensor],
+    shards: list[int],
+    means: list[Tensor],
+    dys: list[Tensor],
+    codes_x: Tensor,
+    r: Tensor,
+    precision: str,
+    wanted: list[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Gradients of x, summed over the weights, and of each weight as ``dtype``; those that are ``wanted``, of
+    x and of each weight."""
+    dx, dws, inputs = None, [], Inputs(codes_x, r)
+    each = zip(_sources(weights, shards), means, dys, wanted[1:], strict=True)
+    for weight, g, dy, needed in each:
+        gradient = OutputGradient(dy, r, precision)
+        if wanted[0]:
+            dx = gradient.of_input(weight, g, onto=dx)
+        if needed:
+            dws.append(gradient.of_weight(inputs, dtype))
+    return dws if dx is None else [dx, *dws]
+
+
+def _gate_and_up_fake(weights: Any, shards: Any, codes_x: Tensor, r: Tensor, dtype: Any) -> Any:
+    shape = *codes_x.shape[:-1], _rows(weights, shards)[0]
+    gate, up = codes_x.new_empty(shape, dtype=dtype), codes_x.new_empty(shape, dtype=dtype)
+    codes_h, r_h = codes_x.new_empty(shape), r.new_empty(r.shape)
+    return [gate, up, codes_h, r_h, *_new_means(codes_x, weights, shards)]
+
+
+@composed(_gate_and_up_fake)
+def gate_and_up(
+    weights: list[Tensor], shards: list[int], codes_x: Tensor, r: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """A SwiGLU MLP up to ``down_proj``: gate, up, codes and scales of their product, the weights' means."""
+    gate, up, *means = project.plain(weights, shards, codes_x, r, [None, None], dtype)
+    return [gate, up, *ops.swiglu_quantize(gate, up), *means]
+
+
+def _down_backward_fake(
+    weights: Any, shards: Any, means: Any, dy: Tensor, gate: Tensor, up: Tensor, r_h: Tensor, precision: str,
+    wanted: bool, dtype: Any,
+) -> Any:  # fmt: skip
+    shape = _rows(weights, shards)[0], gate.shape[-1]
+    dw = [gate.new_empty(shape, dtype=dtype)] if wanted else []
+    return [gate.new_empty(gate.shape), up.new_empty(up.shape), *dw]
+
+
+@composed(_down_backward_fake)
+def down_backward(
+    weights: list[Tensor],
+    shards: list[int],
+    means: list[Tensor],
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    r_h: Tensor,
+    precision: str,
+    wanted: bool,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Gradients of gate and up, and of ``down_proj``'s weight as ``dtype`` if it is wanted."""
+    (weight,) = _sources(weights, shards)
+    dy = dy.contiguous()
+    gradient = OutputGradient(dy, r_h, precision)
+    as_codes = precision == "int8"
+    dgate, dup, h = ops.swiglu_backward(gradient.of_input(weight, means[0]), gate, up, r_h, as_codes)
+    if not wanted:
+        return [dgate, dup]
+    inputs = Inputs(h, r_h) if as_codes else Inputs(dense=h)
+    return [dgate, dup, gradient.of_weight(inputs, dtype)]
+
+
+def _of_gathered(part: Composed[..., list[Tensor]], gives_means: bool) -> Any:
+    """The part on gathered weights, by their inner tensors. Their means are inputs, so it gives none."""
+
+    def read(weights: list[Tensor], shards: list[int], *rest: Any) -> list[Tensor]:
+        gathered = [weight for weight in weights if isinstance(weight, GatheredWeight)]
+        if len(gathered) < len(weights):
+            return part.plain(weights, shards, *rest)
+        inner = [tensor for weight in gathered for tensor in (weight.packed, weight.g, weight.s)]
+        results: list[Tensor] = part.opaque(inner, [weight.shape[0] for weight in gathered], *rest)
+        return results + [weight.g for weight in gathered] if gives_means else results
+
+    return read
+
+
+for _part, _gives_means in (
+    (project, True),
+    (project_backward, False),
+    (gate_and_up, True),
+    (down_backward, False),
+):
+    READS[_part.opaque] = _of_gathered(_part, _gives_means)

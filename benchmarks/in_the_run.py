@@ -24,10 +24,12 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 import yaml
@@ -38,6 +40,7 @@ from scaling import ROOT, SHAPES, VOCABULARY, save_base
 from axolotl_bitnet.plugin.upstream import sdpa_compiled, sdpa_varlen
 from axolotl_bitnet.training.checkpoint_once import CheckpointOnce
 from axolotl_bitnet.training.layer_compile import CompileLayers
+from axolotl_bitnet.training.trainer_loss import filter_losses
 
 LIGER: dict[str, Any] = {
     "plugins": ["axolotl.integrations.liger.LigerPlugin"],
@@ -92,8 +95,9 @@ def write_rows(folder: Path, rows: str, sequence: int, tokens: int) -> Path:
             torch.randint(512, 1537, (), generator=generator).item() if rows == "conversations" else sequence
         )
         lengths.append(min(int(of_one), sequence))
-    ids = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
-    ones = [[1] * len(one) for one in ids]
+    random = partial(torch.randint, 3, VOCABULARY, generator=generator, dtype=torch.int32)
+    ids = [random((n,)).numpy() for n in lengths]
+    ones = [numpy.ones(n, numpy.int32) for n in lengths]
     Dataset.from_dict({"input_ids": ids, "attention_mask": ones, "labels": ids}).to_parquet(path)
     return path
 
@@ -218,6 +222,8 @@ def run(args: argparse.Namespace, folder: Path, kind: str) -> Watch:
         clock = type("Clock", (TrainerCallback,), {name: _forward(watch, name) for name in names})
         self.add_callback(clock())
         if "mended" in kind:
+            filter_losses(self)
+            sdpa_varlen.ask_ahead(self)
             self.add_callback(CheckpointOnce())
             if "compiled" in kind:
                 sdpa_compiled.ask_before_the_layers(self.model)
@@ -272,7 +278,10 @@ def main() -> None:
     if rank == 0:
         ready.unlink(missing_ok=True)
         save_base(folder, args.shape)
-        write_rows(folder, args.rows, args.sequence, 16 * args.sequence * gpus)
+        enough = 4 * (
+            args.warmup + args.steps + 4
+        )  # micro-batches: no epoch, whose rows are packed anew, ends
+        write_rows(folder, args.rows, args.sequence, enough * args.sequence * gpus)
         ready.touch()
     while not ready.exists():
         time.sleep(0.1)

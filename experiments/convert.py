@@ -74,8 +74,10 @@ RECIPES: dict[str, Run] = {
     "tuned-half-4k": replace(SMALLER, teacher="tuned"),
     "tuned-4k-ramp30": replace(SMALLER, weight=1.0, teacher="tuned", ramp=0.3),
     "w0.7-4k-ramp30": replace(SMALLER, weight=0.7, ramp=0.3),
-    "written-400": replace(SMALLER, data="written"),  # and what documentation gives at the same tokens:
-    "docs-400": replace(SMALLER, data="docs"),
+    "w0.7-4k-ramp30-b0.99": replace(SMALLER, weight=0.7, ramp=0.3, beta2=0.99),
+    "w0.7-4k-ramp30-b0.999": replace(SMALLER, weight=0.7, ramp=0.3, beta2=0.999),
+    "written-400": replace(SMALLER, data="written", weight=1.0, ramp=0.3),
+    "docs-400": replace(SMALLER, data="docs", weight=0.7, ramp=0.3),  # of the same number of tokens
 }
 TOKENS: dict[str, Run] = {
     "docs-half-2k": replace(HALF, batch=2, data="docs", tokens=DOCS),

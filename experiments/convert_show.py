@@ -1,22 +1,28 @@
 """What came of a run of the study: packed, verified, and asked ten questions beside the dense model.
 
-    python experiments/convert_show.py MODEL WORK/base WORK/docs-tuned-8k OUT
+    python experiments/convert_show.py BASE LATENTS OUT --packed LATENTS/packed --text kjv_held_out.npy
 
-MODEL is the folder with the GGUF file, whose tokenizer both get. OUT gets ``packed`` and ``model.gguf``
-(Q2_0), both verified against the latents, and ``prompts.json``: the most likely 32 tokens after each of the
-prompts below, of the dense model and of the packed one in plain transformers, and in llama.cpp if xllamacpp
-is there. The prompts were fixed before a model was trained.
+BASE is the dense model's folder, LATENTS a run's output; both have the tokenizer. OUT gets ``model.gguf``
+(Q2_0), and ``packed`` unless the run itself made one; both are verified against the latents. ``prompts.json``
+gets the most likely 32 tokens after each of the prompts below, of the dense model and of the packed one in
+plain transformers, and in llama.cpp if xllamacpp is there. The prompts were fixed before a model was trained.
+
+With ``--text``, held-out loss and next-token accuracy of both folders in plain transformers, in float32: the
+windows of 1,024 tokens of ``convert.py``, and as many.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from shared import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,16 +43,36 @@ PROMPTS = (
 TOKENS = 32
 
 
+def opened(folder: Path) -> Any:
+    """A folder in float32, by transformers alone."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=device).eval()
+
+
 @torch.no_grad()
-def answers(folder: Path, tokenizer: Any, device: str) -> list[list[int]]:
-    """Greedy tokens after each prompt in float32, of a folder opened by transformers alone."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=device).eval()
+def answers(model: Any, tokenizer: Any) -> list[list[int]]:
+    """Greedy tokens after each prompt."""
     found = []
     for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt").to(device)
+        ids = tokenizer(prompt, return_tensors="pt").to(model.device)
+        ids.pop("token_type_ids", None)
         out = model.generate(**ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
         found.append(out[0, ids["input_ids"].shape[1] :].tolist())
     return found
+
+
+@torch.no_grad()
+def held_out(model: Any, text: Path, length: int = 1024, most: int = 128) -> tuple[float, float]:
+    """Cross-entropy and share of right next tokens."""
+    ids = torch.from_numpy(np.load(text).astype(np.int64)).to(model.device)
+    count = min(most, (len(ids) - 1) // length)
+    loss = right = 0.0
+    for start in range(0, count * length, length):
+        labels = ids[start + 1 : start + length + 1]
+        z = model(input_ids=ids[None, start : start + length], use_cache=False).logits[0].float()
+        loss += float(F.cross_entropy(z, labels)) / count
+        right += float((z.argmax(-1) == labels).float().mean()) / count
+    return loss, right
 
 
 def write(path: Path, engines: dict[str, list[list[int]]], tokenizer: Any) -> None:
@@ -60,14 +86,14 @@ def write(path: Path, engines: dict[str, list[list[int]]], tokenizer: Any) -> No
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("model", "base", "latents", "out"):
+    for name in ("base", "latents", "out"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("--packed", type=Path)
+    parser.add_argument("--text", type=Path)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    gguf = next(args.model.glob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(args.model, gguf_file=gguf.name)
-    tokenizer.save_pretrained(args.latents)
-    packed = pack_checkpoint(args.latents, args.out / "packed", overwrite=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    packed = args.packed or pack_checkpoint(args.latents, args.out / "packed", overwrite=True)
     file = export_gguf(args.latents, args.out / "model.gguf", "q2_0", overwrite=True)
     for artifact in (packed, file):
         report = verify_checkpoint(artifact, args.latents)
@@ -75,13 +101,19 @@ def main() -> int:
         for check in report.checks:
             print(" ", check.name, check.verdict, check.detail, flush=True)
         assert report.ok, report.mismatches
-    engines = {"dense": answers(args.base, tokenizer, device), "ternary": answers(packed, tokenizer, device)}
+    engines = {}
+    for name, folder in (("dense", args.base), ("ternary", packed)):
+        model = opened(folder)
+        if args.text:
+            print(name, "held out: loss, accuracy:", held_out(model, args.text), flush=True)
+        engines[name] = answers(model, tokenizer)
+        del model
     write(args.out / "prompts.json", engines, tokenizer)
     try:
         sys.path.append(str(ROOT / "tests"))
         from support.llamacpp import LlamaCpp
 
-        server = LlamaCpp(file)
+        server = LlamaCpp(file, threads=min(8, os.cpu_count() or 1))
     except ImportError:
         print("llama.cpp is not here: pip install xllamacpp", flush=True)
         return 0

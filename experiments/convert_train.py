@@ -1,6 +1,6 @@
 """One run of the study of conversion: a dense model made ternary by a recipe, and what is left of it.
 
-Windows of 1,024 tokens, 8 a step, AdamW (0.9, 0.95), decay 0.01, 5 % warmup and half a cosine, clipping at 1,
+Windows of 1,024 tokens, 8 a step, AdamW, decay 0.01, 5 % warmup and half a cosine, clipping at 1,
 float32 latents, bfloat16 autocast, decoder layers compiled, forward and backward in a CUDA graph. The
 teacher's loss, the ramp and the stretched start are the package's own.
 
@@ -54,6 +54,7 @@ class Run:
     optimizer: str = "adamw"  # adamw | muon
     lr: float = 1e-3
     decay: float = 0.01
+    beta2: float = 0.95
     batch: int = 8
     length: int = 1024
     tokens: int = 400 * 8192
@@ -123,7 +124,7 @@ def draw(lab: Lab, run: Run) -> Tensor:
     """Windows of every step, (steps, batch, length + 1): drawn at random, or one pass in order."""
     stream = lab.texts[{"docs": "train"}.get(run.data, run.data)]
     number = run.steps * run.batch
-    if run.data == "docs":
+    if run.data != "kjv":
         starts = torch.arange(number) * run.length % (len(stream) - run.length - 1)
         starts = starts[torch.randperm(number, generator=torch.Generator().manual_seed(run.seed))]
     else:
@@ -295,7 +296,7 @@ def make_optimizers(flat: Flat, model: Any, run: Run) -> list[Any]:
         lr = 1e-3 if run.optimizer == "muon" else run.lr
         decay = 0.0 if kind == "vectors" else run.decay
         groups.append({"params": [tensor], "lr": lr, "base_lr": lr, "weight_decay": decay})
-    made.append(torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=DEVICE == "cuda"))
+    made.append(torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, run.beta2), fused=DEVICE == "cuda"))
     return made
 
 

@@ -16,13 +16,13 @@ _HARMLESS = 18  # a token that is a whole character, in all tokenizers of the te
 class LlamaCpp:
     """A GGUF file, loaded."""
 
-    def __init__(self, file: Path, context: int = 512):
+    def __init__(self, file: Path, context: int = 512, threads: int = 1):
         import xllamacpp
 
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
         params.n_ctx, params.n_gpu_layers, params.n_parallel = context, 0, 1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.warmup = params.fit_params = False
         params.verbosity = 0
         self._server = xllamacpp.Server(params)

@@ -7,8 +7,8 @@ BASE is the dense model's folder, LATENTS a run's output; both have the tokenize
 gets the most likely 32 tokens after each of the prompts below, of the dense model and of the packed one in
 plain transformers, and in llama.cpp if xllamacpp is there. The prompts were fixed before a model was trained.
 
-With ``--text``, held-out loss and next-token accuracy of both folders in plain transformers, in float32: the
-windows of 1,024 tokens of ``convert.py``, and as many.
+With ``--text``, the held-out figures of ``convert.py`` too, of the dense model and the latents; and the loss
+of the packed folder in plain transformers, in float32.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from convert_train import measure
 from shared import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from axolotl_bitnet import export_gguf, pack_checkpoint, verify_checkpoint
+from axolotl_bitnet import convert_to_bitlinear, export_gguf, pack_checkpoint, verify_checkpoint
 
 PROMPTS = (
     "The Linux kernel is",
@@ -61,18 +62,32 @@ def answers(model: Any, tokenizer: Any) -> list[list[int]]:
     return found
 
 
+def windows(text: Path, device: torch.device, length: int = 1024, most: int = 128) -> list[Any]:
+    """Tokens and labels, as convert.py measures them."""
+    ids = torch.from_numpy(np.load(text).astype(np.int64)).to(device)
+    count = min(most, (len(ids) - 1) // length) * length
+    return list(zip(ids[:count].view(-1, 1, length), ids[1 : count + 1].view(-1, 1, length), strict=True))
+
+
+def compare(base: Path, latents: Path, text: Path) -> None:
+    """Print the figures of convert.py, of the dense model and of the latents on the int8 path."""
+    dense, ternary = opened(base), opened(latents)
+    convert_to_bitlinear(ternary)
+    batches = windows(text, dense.device)
+    before = measure(dense, batches)
+    after = measure(ternary, batches, before["likely"])
+    for name, found in (("dense", before), ("ternary", after)):
+        print(name, {key: value for key, value in found.items() if key != "likely"}, flush=True)
+
+
 @torch.no_grad()
-def held_out(model: Any, text: Path, length: int = 1024, most: int = 128) -> tuple[float, float]:
-    """Cross-entropy and share of right next tokens."""
-    ids = torch.from_numpy(np.load(text).astype(np.int64)).to(model.device)
-    count = min(most, (len(ids) - 1) // length)
-    loss = right = 0.0
-    for start in range(0, count * length, length):
-        labels = ids[start + 1 : start + length + 1]
-        z = model(input_ids=ids[None, start : start + length], use_cache=False).logits[0].float()
-        loss += float(F.cross_entropy(z, labels)) / count
-        right += float((z.argmax(-1) == labels).float().mean()) / count
-    return loss, right
+def held_out(model: Any, text: Path) -> float:
+    """Cross-entropy in plain transformers."""
+    batches = windows(text, model.device)
+    losses = [
+        F.cross_entropy(model(input_ids=x, use_cache=False).logits[0].float(), y[0]) for x, y in batches
+    ]
+    return float(torch.stack(losses).mean())
 
 
 def write(path: Path, engines: dict[str, list[list[int]]], tokenizer: Any) -> None:
@@ -101,14 +116,15 @@ def main() -> int:
         for check in report.checks:
             print(" ", check.name, check.verdict, check.detail, flush=True)
         assert report.ok, report.mismatches
+    if args.text:
+        compare(args.base, args.latents, args.text)
     engines = {}
     for name, folder in (("dense", args.base), ("ternary", packed)):
         model = opened(folder)
-        if args.text:
-            print(name, "held out: loss, accuracy:", held_out(model, args.text), flush=True)
         engines[name] = answers(model, tokenizer)
-        del model
     write(args.out / "prompts.json", engines, tokenizer)
+    if args.text:
+        print("packed, in plain transformers, held out:", held_out(model, args.text), flush=True)
     try:
         sys.path.append(str(ROOT / "tests"))
         from support.llamacpp import LlamaCpp

@@ -36,7 +36,7 @@ class Writer:
         self.cache = [(made(shape), made(shape)) for _ in model.model.layers]
 
     def __call__(self, ids: Tensor, place: int) -> Tensor:
-        """Logits (sequences, vocabulary) of the token after ``ids`` (sequences,), which stands at ``place``."""
+        """Logits (sequences, vocabulary) of the token after ``ids`` (sequences,) at ``place``."""
         hidden = self.model.embed_tokens(ids)[:, None]
         cos_sin = self.model.rotary_emb(hidden, torch.full((1, 1), place, device=ids.device))
         for layer, (keys, values) in zip(self.model.layers, self.cache, strict=True):

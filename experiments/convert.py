@@ -86,6 +86,8 @@ TOKENS: dict[str, Run] = {
     "docs-teacher": replace(RECIPES["dense"], data="docs", tokens=8_000_000 // 8192 * 8192),
     "docs-tuned-8k": replace(BEST, teacher="docs-tuned", data="docs", tokens=DOCS),
     "docs-tuned-half-8k": replace(HALF, teacher="docs-tuned", data="docs", tokens=DOCS),
+    "docs-tuned-8k-b0.99": replace(BEST, teacher="docs-tuned", beta2=0.99, data="docs", tokens=DOCS),
+    "docs-tuned-8k-features": replace(BEST, teacher="docs-tuned", features=1.0, data="docs", tokens=DOCS),
     "docs-ramp": replace(PLAIN, data="docs", tokens=DOCS),
     "docs-ramp-4k-lr2e-3": replace(PLAIN, lr=2e-3, batch=4, data="docs", tokens=DOCS),
     "docs-dense": replace(RECIPES["dense"], data="docs", tokens=DOCS),

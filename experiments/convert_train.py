@@ -47,6 +47,7 @@ class Run:
     teacher: str = ""  # "" | base | tuned, docs-tuned (after a dense fine-tuning on the same text)
     weight: float = 1.0  # of the teacher; the rest is cross-entropy
     temperature: float = 1.0
+    features: float = 0.0  # weight of the layers' outputs: their relative squared error to the teacher's
     ce_first: float = 0.0  # share of the steps with cross-entropy alone, before the teacher
     start: str = ""  # "" | stretch (a ramp undoes it) | lacking (a ramp adds W - L)
     ramp: float = 0.1  # share of the steps
@@ -139,30 +140,45 @@ def autocast() -> Any:
     return torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda", cache_enabled=False)
 
 
-def hidden_of(model: Any, ids: Tensor) -> Tensor:
-    """As the decoder's forward, which reads positions on the CPU: (batch, length, size)."""
+def hidden_of(model: Any, ids: Tensor, after: list[Tensor] | None = None) -> Tensor:
+    """As the decoder's forward, which reads positions on the CPU: (batch, length, size). ``after`` gets the
+    output of every layer."""
     embedding = model.model.embed_tokens
     hidden = _Embedding.apply(ids, embedding.weight, embedding.padding_idx)
     rotary = model.model.rotary_emb(hidden, torch.arange(ids.shape[1], device=ids.device)[None])
     for layer in model.model.layers:
         hidden = layer(hidden, position_embeddings=rotary, attention_mask=None)
+        if after is not None:
+            after.append(hidden)
     return model.model.norm(hidden)
 
 
 def loss_of(student: Any, teacher: Any, run: Run, ids: Tensor, labels: Tensor) -> Tensor:
-    hidden, labels = hidden_of(student, ids).flatten(0, 1), labels.flatten()
+    mine: list[Tensor] | None = [] if run.features and teacher is not None else None
+    hidden, labels = hidden_of(student, ids, mine).flatten(0, 1), labels.flatten()
     if teacher is None:
         logits = student.lm_head(hidden)
         parts = zip(logits.split(2048), labels.split(2048), strict=True)
         return sum(F.cross_entropy(z.float(), y, reduction="sum") for z, y in parts) / len(labels)
+    theirs: list[Tensor] | None = None if mine is None else []
     with torch.no_grad():
-        taught = hidden_of(teacher, ids).flatten(0, 1)
+        taught = hidden_of(teacher, ids, theirs).flatten(0, 1)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     items = labels.new_full((), len(labels), dtype=torch.float32)
     heads = student.lm_head.weight, teacher.lm_head.weight
-    return teacher_loss(
+    loss = teacher_loss(
         hidden, heads[0], taught, heads[1], labels, items, run.temperature, run.weight, dtype
     )[0]
+    if mine is None or theirs is None:
+        return loss
+    off = [apart(x, y) for x, y in zip(mine, theirs, strict=True)]
+    return loss + run.features * torch.stack(off).mean()
+
+
+def apart(x: Tensor, y: Tensor) -> Tensor:
+    """Mean over tokens of ``|x - y|^2 / |y|^2``."""
+    x, y = x.float(), y.float()
+    return ((x - y).square().sum(-1) / y.square().sum(-1)).mean()
 
 
 class Step:

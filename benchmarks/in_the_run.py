@@ -95,9 +95,9 @@ def write_rows(folder: Path, rows: str, sequence: int, tokens: int) -> Path:
             torch.randint(512, 1537, (), generator=generator).item() if rows == "conversations" else sequence
         )
         lengths.append(min(int(of_one), sequence))
-    random = partial(torch.randint, 3, VOCABULARY, generator=generator, dtype=torch.int32)
+    random = partial(torch.randint, 3, VOCABULARY, generator=generator)
     ids = [random((n,)).numpy() for n in lengths]
-    ones = [numpy.ones(n, numpy.int32) for n in lengths]
+    ones = [numpy.ones(n, numpy.int64) for n in lengths]
     Dataset.from_dict({"input_ids": ids, "attention_mask": ones, "labels": ids}).to_parquet(path)
     return path
 

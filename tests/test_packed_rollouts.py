@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 pytest.importorskip("transformers")
 
@@ -21,6 +22,7 @@ from axolotl_bitnet.model.convert import convert_to_bitlinear
 from axolotl_bitnet.plugin.upstream.trl_rollouts import roll_out_packed
 from axolotl_bitnet.serving import rollouts
 from axolotl_bitnet.serving.rollouts import generate_packed, packed_layers
+from axolotl_bitnet.training.layer_compile import compile_layers
 
 MakeModel = Callable[..., nn.Module]
 
@@ -169,6 +171,27 @@ def test_the_outputs_of_one_x_are_not_given_for_another(
                 for found, layer in zip(compiled(each), layers, strict=True):
                     assert torch.equal(found, layer(each))
             torch.compiler.reset()
+
+
+def test_compiled_layers_generate_as_they_are(tiny_model: MakeModel, products: list[list[int]]) -> None:
+    """``torch_compile: true``: a graph for each length and layer would use up what training may compile."""
+    graphs = CompileCounter()
+    torch.compiler.reset()
+    model = ternary(tiny_model, "Llama")
+    plain = copy.deepcopy(model)
+    assert compile_layers(model, backend=graphs) == 2
+    generate_packed(model)
+    ids, compiled = torch.randint(1, 30, (2, 8)), [0]
+    for _ in range(2):
+        assert same(answers(model), answers(plain))
+        assert graphs.frame_count == compiled[-1]
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.5).step()
+        plain.load_state_dict(model.state_dict())
+        compiled.append(graphs.frame_count)
+    assert compiled[1] == compiled[2] > 0
+    assert len(products) == 2 * 4 * 2 * 6
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("use_vllm", [True, None])

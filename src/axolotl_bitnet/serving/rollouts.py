@@ -33,7 +33,9 @@ def generate_packed(model: Any) -> None:
 
 
 def _generate(model: Any, *args: Any, **options: Any) -> Any:
-    with packed_layers(model):
+    # Compiled layers run as they are: each layer and length would be a graph, up to the number that a
+    # function may have, and none would be left for training.
+    with packed_layers(model), torch.compiler.set_stance("force_eager"):
         return type(model).generate(model, *args, **options)
 
 

@@ -157,9 +157,10 @@ def ways(out: int, columns: int, rows: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def prefill(bandwidth: float, peers: list[str]) -> Iterator[list[dict[str, Any]]]:
+def prefill(bandwidth: float, peers: list[str], models: list[str]) -> Iterator[list[dict[str, Any]]]:
     """Rows for which the weights are unpacked first, beside sixteen at a time."""
-    for model, (hidden, inner) in MODELS.items():
+    for model in models:
+        hidden, inner = MODELS[model]
         if model not in ("Falcon-E-3B", "Falcon3-10B"):
             continue
         for out, columns in ((inner, hidden), (hidden, inner)):
@@ -188,9 +189,10 @@ def in_sixteens(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def products(
-    bandwidth: float, peers: list[str], counts: list[int], others_too: bool
+    bandwidth: float, peers: list[str], models: list[str], counts: list[int], others_too: bool
 ) -> Iterator[list[dict[str, Any]]]:
-    for model, (hidden, inner) in MODELS.items():
+    for model in models:
+        hidden, inner = MODELS[model]
         for out, columns in ((inner, hidden), (hidden, inner), (hidden, hidden)):
             packed = round_of(lambda o=out, c=columns: bytes_of(o, c), out * columns // 4)
             dense = round_of(lambda o=out, c=columns: dense_of(o, c), out * columns * 2)
@@ -377,6 +379,7 @@ def main() -> None:
         "--peers", default="transformers", help="beside bf16; also humming; default %(default)s"
     )
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of x; default %(default)s")
+    parser.add_argument("--models", nargs="+", default=[*MODELS], help="whose shapes; default: all")
     parser.add_argument("--ways", action="store_true", help="time ours cut in other ways too")
     parser.add_argument("--layers", type=int, default=32, help="of the model whose tokens are counted")
     args = parser.parse_args()
@@ -394,9 +397,9 @@ def main() -> None:
         append_csv(RESULTS / "decode_tokens.csv", columns, rows)
     measured = []
     if "products" in args.parts:
-        measured.append(products(bandwidth, peers, args.rows, args.ways))
+        measured.append(products(bandwidth, peers, args.models, args.rows, args.ways))
     if "prefill" in args.parts:
-        measured.append(prefill(bandwidth, peers))
+        measured.append(prefill(bandwidth, peers, args.models))
     for rows in chain.from_iterable(measured):
         append_csv(RESULTS / "decode.csv", COLUMNS, [about | row for row in rows])
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from axolotl_bitnet.ops import pack_codes, packed_matmul
-from axolotl_bitnet.ops.kernels import decode
+from axolotl_bitnet.ops.kernels import decode, matvec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,10 +32,27 @@ def weights(sizes: list[int], columns: int) -> tuple[Tensor, Tensor]:
 def test_every_bit_is_the_definition_s(rows: int, sizes: list[int], columns: int) -> None:
     packed, s = weights(sizes, columns)
     x, bias = torch.randn(rows, columns, device="cuda"), torch.randn(sum(sizes), device="cuda")
-    for dtype in (BF16, torch.float32, torch.float16):
-        for added in (None, bias):
-            found = packed_matmul(x, packed, s, sizes, added, dtype)
-            assert torch.equal(found, packed_matmul.plain(x, packed, s, sizes, added, dtype))
+    for dtype, added in ((BF16, None), (torch.float32, bias), (torch.float16, bias)):
+        found = packed_matmul(x, packed, s, sizes, added, dtype)
+        assert torch.equal(found, packed_matmul.plain(x, packed, s, sizes, added, dtype))
+
+
+@pytest.mark.parametrize("out", [2048, 2060])
+@pytest.mark.parametrize("columns", [4160, 6912, 8192, 9216, 13312, 16384])
+def test_every_program_quantizes_one_wide_row(columns: int, out: int) -> None:
+    """In one kernel; with and without overlap; rows that lie apart, of nothing and of what is not finite."""
+    packed, s = weights([out], columns)
+    bias = torch.randn(out, device="cuda")
+    for each in (1, 2) if columns <= 8192 else (1,):
+        how = matvec.cut_in_words(columns, 1, each, 4, 256, 8, True)
+        for dtype, added in ((BF16, None), (torch.float32, bias)):
+            for overlap in (True, False):
+                rows = torch.randn(4, columns + 64, device="cuda", dtype=dtype)[:, 64:]
+                rows[1], rows[2, 7], rows[3, columns - 1] = 0, float("nan"), 3e4
+                for x in rows.split(1):
+                    found = decode._few_rows(x, x, packed, s, (out,), added, dtype, how, overlap)
+                    plain = packed_matmul.plain(x, packed, s, [out], added, dtype)
+                    torch.testing.assert_close(found, plain, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 16])

@@ -240,7 +240,7 @@ def tile(byte_rows: int, columns: int, rows: int) -> Tile:
     whole = rows == 2 and columns <= 4096 and byte_rows >= 1024  # quantizing a row takes each program 1 us
     if rows == 1:
         warps = 8 if columns > 4096 else 4
-        whole = columns <= 4096  # up to 16384 it is faster, and its results were not compared on a GPU yet
+        whole = columns <= 16384  # else a thread's part of x does not fit its registers
         if (byte_rows > 4096 and columns <= 8192) or (byte_rows >= 1024 and 2048 < columns <= 4096):
             each = 2
     return cut_in_words(columns, rows, each, 4, 32 * warps, warps, whole)

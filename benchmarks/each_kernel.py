@@ -132,13 +132,17 @@ def gradients(tokens: int) -> Iterator[dict[str, Any]]:
         out, columns = MATRICES[name]
         dy, x = random(tokens, out, scale=1e-4), random(tokens, columns)
         codes, r = ops.quantize_activations(x, x.dtype)
-        peak = ops.quantize_gradient(dy, r)[2]
-        z, c = ops.transposed_gradient(dy, r, peak)
+        peaks = ops.gradient_peaks(dy, r)
+        _, _, z, c = ops.quantize_gradient(dy, r, *peaks)
         passes: list[tuple[str, int, tuple[Any, ...]]] = [
-            ("quantize_gradient", 3 * dy.numel(), (dy, r)),
-            ("transposed_gradient", 3 * dy.numel(), (dy, r, peak)),
+            ("gradient_peaks", 2 * dy.numel(), (dy, r)),
+            ("quantize_gradient", 4 * dy.numel(), (dy, r, *peaks)),
             ("transposed_activations", 2 * x.numel(), (codes,)),
         ]
+        if out > columns:
+            gate, up = random(tokens, out), random(tokens, out)
+            _, r_h = ops.swiglu_quantize(gate, up)
+            passes.append(("swiglu_gradients", 11 * dy.numel(), (dy, gate, up, r_h, r)))
         for operation, nbytes, args in passes:
             call = getattr(ops, operation)
             runs = dict(ours=partial(call, *args), torch=partial(call.plain, *args))

@@ -24,6 +24,7 @@ OPERATIONS = [
     "quantize_activations",
     "dequantize_activations",
     "matmul",
+    "matmul_onto",
     "swiglu_quantize",
     "swiglu_backward",
     "rmsnorm_quantize",
@@ -33,13 +34,14 @@ OPERATIONS = [
     "unpack_shards",
     "dequantize_shards",
     "packed_matmul",
+    "gradient_peaks",
     "quantize_gradient",
-    "transposed_gradient",
+    "swiglu_gradients",
     "transposed_activations",
     "weight_product",
 ]
 PARTS = ["project", "project_backward", "gate_and_up", "down_backward"]  # of layers: tests/test_parts.py
-GRADIENTS = {"swiglu_backward", "rmsnorm_backward"}
+GRADIENTS = {"swiglu_backward", "swiglu_gradients", "rmsnorm_backward"}
 
 
 def floats() -> list[tuple[str, Tensor]]:
@@ -87,8 +89,8 @@ def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bi
     packed = ops.pack_codes.plain(four)[:1].expand(2, 1, -1)  # one shard of four rows, one of three
     packed = packed if x.is_contiguous() else packed.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
-    peak = ops.quantize_gradient.plain(dy, r_x)[2]
-    of_dy = ops.transposed_gradient.plain(dy, r_x, peak)
+    peaks = ops.gradient_peaks.plain(dy, r_x)
+    of_dy = ops.quantize_gradient.plain(dy, r_x, *peaks)[2:]
     return {
         "ternarize": [latents],
         "dequantized_weight": [latents, g, dtype],
@@ -96,10 +98,12 @@ def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bi
         "quantize_activations": [x, dtype, 1e-30 if bias else ternary.EPSILON],
         "dequantize_activations": [codes_x, r_x, dtype],
         "matmul": [codes_x, r_x, codes_w, s, torch.randn(8) if bias else None, dtype],
+        "matmul_onto": [codes_x, r_x, codes_w, s, torch.randn(*x.shape[:-1], 8).to(dtype)],
         "swiglu_quantize": [x, up],
         "swiglu_backward": [dy, x, up, r_h],
-        "quantize_gradient": [dy, r_x],
-        "transposed_gradient": [dy, r_x, peak],
+        "swiglu_gradients": [dy, x, up, r_h, r_x],
+        "gradient_peaks": [dy, r_x],
+        "quantize_gradient": [dy, r_x, *peaks],
         "transposed_activations": [codes_x],
         "weight_product": [*of_dy, ops.transposed_activations.plain(codes_x), dtype],
         "rmsnorm_quantize": [x, norm, EPS, dtype],
@@ -193,6 +197,8 @@ def definition(operation: str, given: list[Any]) -> tuple[Tensor, ...]:
             return ternary.quantize_activations(x.to(dtype), floor)
         case "dequantize_activations", [codes, r, dtype]:
             return ((codes.float() / r).to(dtype),)
+        case "matmul_onto", [codes_x, r, codes_w, s, onto]:
+            return (onto + definition("matmul", [codes_x, r, codes_w, s, None, onto.dtype])[0],)
         case "matmul", [codes_x, r, codes_w, s, bias, dtype]:
             product = (codes_x.long() @ codes_w.long().t()).float()
             y = (product / (r * s.float())).to(dtype)
@@ -222,11 +228,14 @@ def definition(operation: str, given: list[Any]) -> tuple[Tensor, ...]:
                 parts += definition("matmul", [codes_x, r, codes_w, s, None, dtype])
             y = torch.cat(parts, dim=-1)
             return (y if bias is None else y + bias.to(dtype),)
-        case "quantize_gradient", [dy, r]:
-            return *ternary.quantize_activations(dy, 1e-30), transposed_gradient(dy, r)[2]
-        case "transposed_gradient", [dy, r, _]:
-            codes, c, _ = transposed_gradient(dy, r)
-            return padded(codes), c
+        case "gradient_peaks", [dy, r]:
+            rows = dy.reshape(-1, dy.shape[-1]).float()
+            z = rows * r.reshape(-1, 1).reciprocal()
+            parts = [[torch.tensor([1e-30, *some.abs().tolist()]).max() for some in m] for m in (rows, z.t())]
+            return tuple(torch.stack(part) if part else torch.empty(0) for part in parts)
+        case "quantize_gradient", [dy, r, _, _]:
+            codes, c = transposed_gradient(dy, r)
+            return *ternary.quantize_activations(dy, 1e-30), padded(codes), c
         case "transposed_activations", [codes]:
             return (padded(codes.reshape(-1, codes.shape[-1]).t()),)
         case "weight_product", [codes_z, c, codes_x, dtype]:

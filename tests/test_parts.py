@@ -49,13 +49,14 @@ def arguments(
     if name == "down_backward":
         gate, up = randn(2, 5, HIDDEN), randn(2, 5, HIDDEN)
         _, r_h = ops.swiglu_quantize(gate, up)
-        return [weights, [], means, randn(2, 5, COLUMNS), gate, up, r_h, precision, True, torch.float32]
+        return [weights, [], means, randn(2, 5, COLUMNS), gate, up, r_h, r, precision, True, torch.float32]
     if name == "gate_and_up":
         return [weights, [], codes_x, r, torch.float32]
     if name == "project":
         return [weights, [], codes_x, r, [randn(ROWS[0]), None], torch.float32]
     dys = [randn(2, 5, rows) for rows in ROWS]
-    return [weights, [], means, dys, codes_x, r, precision, [True, True, True], torch.float32]
+    peaks = [peak for dy in dys for peak in ops.gradient_peaks(dy, r)] if precision == "int8" else []
+    return [weights, [], means, dys, peaks, codes_x, r, precision, [True, True, True], torch.float32]
 
 
 def inner(given: list[Any]) -> list[Any]:
@@ -109,6 +110,14 @@ def test_only_wanted_gradients_are_computed(wanted: list[bool]) -> None:
     some = parts.project_backward(*given)
     expected = [one for one, needed in zip(every, wanted, strict=True) if needed]
     assert all(torch.equal(one, other) for one, other in zip(some, expected, strict=True))
+
+
+def test_peaks_that_are_not_given_are_found() -> None:
+    given = arguments("project_backward", 0, "int8")
+    expected = parts.project_backward(*given)
+    given[4] = []
+    found = parts.project_backward(*given)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_the_last_gradient_of_a_mlp_is_left_out() -> None:

@@ -25,10 +25,11 @@ CASES: list[dict[str, Any]] = [
     {"bf16": True, "reshard": False, "checkpointing": True},
     {"bf16": True, "offload": True},
     {"bf16": True, "compile": True},
+    {"bf16": True, "backward": "int8", "checkpointing": True},
 ]
 
 
-def run(gather: str, bf16: bool = False, reshard: bool = True, **how: bool) -> list[Any]:
+def run(gather: str, bf16: bool = False, reshard: bool = True, **how: Any) -> list[Any]:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,7 +39,7 @@ def run(gather: str, bf16: bool = False, reshard: bool = True, **how: bool) -> l
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
-    names = convert_to_bitlinear(model)
+    names = convert_to_bitlinear(model, backward=how.get("backward", "bf16"))
     if how.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     settings: dict[str, Any] = {"reshard_after_forward": reshard}

@@ -193,6 +193,9 @@ def test_product(columns: int, out: int, dtype: torch.dtype) -> None:
         product = integers(codes_x, codes_w)
         for bias in (None, randn(out), randn(out, dtype=dtype)):
             same(ops.matmul(codes_x, r, codes_w, s, bias, dtype), scaled(product, r, s, bias, dtype))
+        onto = randn(rows, out, dtype=dtype)
+        expected = onto + scaled(product, r, s, None, dtype)
+        same(ops.matmul_onto(codes_x, r, codes_w, s, onto), expected)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -211,7 +214,8 @@ def test_both_paths_of_the_product(rows: int) -> None:
     if has_tma:
         y = torch.full_like(expected, math.nan)
         tiles = kernel.tma_tiles(rows, 640, 2)
-        kernel.launch_tma(codes_x, r, codes_w, s, None, y, rows, ("tma alone", rows), multiprocessors, tiles)
+        key = ("tma alone", rows)
+        kernel.launch_tma(codes_x, r, codes_w, s, None, None, y, rows, key, multiprocessors, tiles)
         same(y, expected)
 
 
@@ -274,7 +278,10 @@ def test_swiglu_backward(columns: int, dtype: torch.dtype) -> None:
     gate, up, dh = (randn(1000, columns, dtype=dtype) for _ in range(3))
     codes, r = ops.swiglu_quantize(gate, up)
     *found, h = ops.swiglu_backward(dh, gate, up, r)
-    all_same(ops.swiglu_backward(dh, gate, up, r, True), (*found, codes))
+    r_x = torch.rand(1000, 1, device="cuda") * 100 + 1
+    together = ops.swiglu_gradients(dh, gate, up, r, r_x)
+    peaks = [each for one in found for each in ops.gradient_peaks.plain(one, r_x)]
+    all_same(together, (*found, codes, *peaks))
     torch.testing.assert_close(h, ternary.dequantize(codes, r, dtype), rtol=torch.finfo(dtype).eps, atol=0)
     wide = [one.double().requires_grad_() for one in (gate, up)]
     exact = torch.autograd.grad(silu(wide[0]) * wide[1], wide, dh.double())
@@ -326,19 +333,19 @@ def test_gradients_along_rows_and_columns(columns: int, dtype: torch.dtype) -> N
         dy = rows_of_all_kinds(rows, columns, dtype)
         dy[:, columns // 2] = 0
         r = torch.rand(rows, 1, device="cuda") * 1000 + 0.1
-        codes, scale, peak = ops.quantize_gradient(dy, r)
-        all_same((codes, scale, peak), ops.quantize_gradient.plain(dy, r))
-        all_same(ops.transposed_gradient(dy, r, peak), ops.transposed_gradient.plain(dy, r, peak))
+        peaks = ops.gradient_peaks(dy, r)
+        all_same(peaks, ops.gradient_peaks.plain(dy, r))
+        codes, *rest = ops.quantize_gradient(dy, r, *peaks)
+        all_same((codes, *rest), ops.quantize_gradient.plain(dy, r, *peaks))
         same(ops.transposed_activations(codes), ops.transposed_activations.plain(codes))
 
 
 def test_gradients_are_the_cpu_ones() -> None:
     dy, r = randn(500, 3000, dtype=torch.bfloat16) * 1e-6, torch.rand(500, 1, device="cuda") * 100 + 1
-    found = ops.quantize_gradient(dy, r)
-    cpu = ops.quantize_gradient(dy.cpu(), r.cpu())
-    all_same(tuple(each.cpu() for each in found), cpu)
-    transposed = ops.transposed_gradient(dy, r, found[2])
-    all_same(tuple(each.cpu() for each in transposed), ops.transposed_gradient(dy.cpu(), r.cpu(), cpu[2]))
+    peaks, cpu = ops.gradient_peaks(dy, r), ops.gradient_peaks(dy.cpu(), r.cpu())
+    all_same(tuple(each.cpu() for each in peaks), cpu)
+    found = ops.quantize_gradient(dy, r, *peaks)
+    all_same(tuple(each.cpu() for each in found), ops.quantize_gradient(dy.cpu(), r.cpu(), *cpu))
 
 
 @by_dtype
@@ -351,9 +358,10 @@ def test_gradients_of_any_layout(dtype: torch.dtype) -> None:
         randn(90, 48, dtype=dtype).t(),
         randn(1, 64, dtype=dtype).expand(48, 64),
     ):
-        found = ops.quantize_gradient(dy, r)
-        all_same(found, ops.quantize_gradient.plain(dy, r))
-        all_same(ops.transposed_gradient(dy, r, found[2]), ops.transposed_gradient.plain(dy, r, found[2]))
+        peaks = ops.gradient_peaks(dy, r)
+        all_same(peaks, ops.gradient_peaks.plain(dy, r))
+        found = ops.quantize_gradient(dy, r, *peaks)
+        all_same(found, ops.quantize_gradient.plain(dy, r, *peaks))
 
 
 @by_dtype

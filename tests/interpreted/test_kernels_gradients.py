@@ -27,9 +27,10 @@ def scales(dy: torch.Tensor) -> torch.Tensor:
 def test_codes_along_rows_and_columns(name: str, dtype: torch.dtype) -> None:
     dy = activations()[name].to(dtype)
     r = scales(dy)
-    codes, scale, peak = kernel.quantize_gradient(dy, r)
-    all_same((codes, scale, peak), ops.quantize_gradient.plain(dy, r))
-    all_same(kernel.transposed_gradient(dy, r, peak), ops.transposed_gradient.plain(dy, r, peak))
+    peaks = kernel.gradient_peaks(dy, r)
+    all_same(peaks, ops.gradient_peaks.plain(dy, r))
+    codes, *rest = kernel.quantize_gradient(dy, r, *peaks)
+    all_same((codes, *rest), ops.quantize_gradient.plain(dy, r, *peaks))
     same(kernel.transposed_activations(codes), ops.transposed_activations.plain(codes))
 
 
@@ -38,10 +39,11 @@ def test_more_rows_than_a_program_or_a_tile_takes(rows: int, columns: int) -> No
     dy = torch.randn(rows, columns) * torch.logspace(-9, -3, rows)[:, None]
     dy[:, 0] = 0
     r = scales(dy)
-    found = kernel.quantize_gradient(dy, r)
-    all_same(found, ops.quantize_gradient.plain(dy, r))
-    codes, c = kernel.transposed_gradient(dy, r, found[2])
-    all_same((codes, c), ops.transposed_gradient.plain(dy, r, found[2]))
+    peaks = kernel.gradient_peaks(dy, r)
+    all_same(peaks, ops.gradient_peaks.plain(dy, r))
+    found = kernel.quantize_gradient(dy, r, *peaks)
+    all_same(found, ops.quantize_gradient.plain(dy, r, *peaks))
+    codes = found[2]
     assert codes.shape == (columns, -(-rows // 16) * 16)
     assert not codes[0].any() and not codes[:, rows:].any() and codes[1:, :rows].any(1).all()
 
@@ -51,12 +53,12 @@ def test_poison_stays_in_its_column_and_its_row(bad: float) -> None:
     dy = torch.randn(40, 33)
     dy[7, 5] = bad
     r = scales(dy)
-    _, scale, peak = kernel.quantize_gradient(dy, r)
-    assert scale.isnan().nonzero()[:, 0].tolist() == [7] and peak.isnan().nonzero()[:, 0].tolist() == [5]
-    codes, c = kernel.transposed_gradient(dy, r, peak)
-    assert c.isnan().nonzero()[:, 0].tolist() == [5] and not codes[5].any()
+    codes, scale, codes_z, c = kernel.quantize_gradient(dy, r, *kernel.gradient_peaks(dy, r))
+    assert scale.isnan().nonzero()[:, 0].tolist() == [7] and not codes[7].any()
+    assert c.isnan().nonzero()[:, 0].tolist() == [5] and not codes_z[5].any()
     r[3] = bad  # a poisoned x reaches every weight
-    all_same(kernel.quantize_gradient(dy, r), ops.quantize_gradient.plain(dy, r))
+    peaks = kernel.gradient_peaks(dy, r)
+    all_same(kernel.quantize_gradient(dy, r, *peaks), ops.quantize_gradient.plain(dy, r, *peaks))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

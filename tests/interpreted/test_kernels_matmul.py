@@ -60,7 +60,7 @@ def test_tma(case: tuple[Any, ...]) -> None:
     shape, tiles, programs, dtype, bias = case
     given, added = operands(*shape), biases(bias, shape[2])
     y = torch.full((shape[0], shape[2]), math.nan, dtype=dtype)
-    kernel.launch_tma(*given, added, y, shape[0], (), programs, tiles)
+    kernel.launch_tma(*given, added, None, y, shape[0], (), programs, tiles)
     same(y, definition(*given, added, dtype))
 
 
@@ -79,6 +79,16 @@ def test_matmul(shape: tuple[int, ...], dtype: torch.dtype, bias: str) -> None:
     given, added = operands(*shape), biases(bias, shape[2])
     same(kernel.matmul(*given, added, dtype), definition(*given, added, dtype))
     same(kernel.matmul(*given, added, dtype), ops.matmul.plain(*given, added, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 48, 80), (70, 64, 600), (17, 129, 66), (200, 32, 136)], ids=str)
+def test_matmul_onto(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Two roundings: of the product, and of the sum."""
+    given, onto = operands(*shape), torch.randn(shape[0], shape[2]).to(dtype)
+    found = kernel.matmul_onto(*given, onto)
+    same(found, onto + definition(*given, None, dtype))
+    same(found, ops.matmul_onto.plain(*given, onto))
 
 
 @combinations(ALIGNED + ODD)
@@ -135,7 +145,7 @@ def test_the_sum_is_an_exact_integer(columns: int) -> None:
     same(y, expected)
     if columns % 16 == 0:
         y = torch.empty(2, 4)
-        kernel.launch_tma(*given, y, 2, (), 2, long)
+        kernel.launch_tma(*given, None, y, 2, (), 2, long)
         same(y, expected)
     whole = torch.tensor(127 * columns).float().item()
     assert y[0].tolist() == [whole, 127.0 * (columns % 2), 127.0, whole]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from axolotl_bitnet import ops, ternary
+from axolotl_bitnet.ops.kernels import gradients
 from axolotl_bitnet.ops.kernels import swiglu as kernel
 from support.kernel_cases import (
     activations,
@@ -115,3 +116,18 @@ def test_backward(name: str, dtype: torch.dtype) -> None:
         rtol=2 * torch.finfo(dtype).eps,
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (70, 130), (129, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_for_an_8_bit_backward(dtype: torch.dtype, rows: int, columns: int) -> None:
+    """Those of the two kernels that they stand for, poison included."""
+    gate, up, dh = (torch.randn(rows, columns).to(dtype) for _ in range(3))
+    if rows > 1:
+        gate[3, 2], dh[5, 7], up[6, 1] = -100, torch.nan, torch.inf
+    codes, r_h = kernel.swiglu_quantize(gate, up)
+    r = torch.rand(rows, 1) * 100 + 1
+    dgate, dup, h, *peaks = kernel.swiglu_gradients(dh, gate, up, r_h, r)
+    all_same((dgate, dup), kernel.swiglu_backward(dh, gate, up, r_h)[:2])
+    same(h, codes)
+    all_same(tuple(peaks), (*gradients.gradient_peaks(dgate, r), *gradients.gradient_peaks(dup, r)))

@@ -7,6 +7,7 @@ and stages are what would run, and integers and pointers are specialized as Trit
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -60,17 +61,18 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"quantize {columns}", lambda x=x: activations.quantize_activations(x, BF16)
         yield f"quantize {columns} float32", lambda x=x: activations.quantize_activations(x.float(), BF16)
         if columns < 32768:
-            yield f"gradient {columns}", lambda x=x, r=r: gradients.quantize_gradient(x, r)
-            yield f"gradient {columns} float32", lambda x=x, r=r: gradients.quantize_gradient(x.float(), r)
-            yield (
-                f"gradient transposed {columns}",
-                lambda x=x, r=r: gradients.transposed_gradient(x, r, x[0].float()),
-            )
+            for dy in (x, x.float()):
+                name = f"{columns} {dy.dtype}"
+                yield f"gradient peaks {name}", lambda x=dy, r=r: gradients.gradient_peaks(x, r)
+                yield (
+                    f"gradient {name}",
+                    lambda x=dy, r=r: gradients.quantize_gradient(x, r, r[:, 0], x[0].float()),
+                )
             yield f"gradient codes {columns}", lambda c=codes: gradients.transposed_activations(c)
         yield f"dequantize {columns}", lambda c=codes, r=r: activations.dequantize_activations(c, r, BF16)
         yield f"swiglu {columns}", lambda x=x: swiglu.swiglu_quantize(x, x)
         yield f"swiglu backward {columns}", lambda x=x, r=r: swiglu.swiglu_backward(x, x, x, r)
-        yield f"swiglu codes {columns}", lambda x=x, r=r: swiglu.swiglu_backward(x, x, x, r, True)
+        yield f"swiglu gradients {columns}", lambda x=x, r=r: swiglu.swiglu_gradients(x, x, x, r, r)
         if columns in (2048, 3072):
             w = empty(columns)
             yield f"rmsnorm {columns}", lambda x=x, w=w: rmsnorm.rmsnorm_quantize(x, w, 1e-6, BF16)
@@ -113,6 +115,14 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
             dtype,
         )
         yield f"matmul {rows} {columns} {out} {dtype} {bias}", lambda x=x, s=scales: matmul.matmul(x, *s)
+
+    for dtype, out, columns in itertools.product((BF16, F32), (2048, 60), (13312, 256, 100)):
+        x, w = empty(ROWS, columns, dtype=torch.int8), empty(out, columns, dtype=torch.int8)
+        onto = empty(ROWS, out, dtype=dtype), empty(ROWS, 1, dtype=F32), empty(1)
+        yield (
+            f"matmul onto {columns} {out} {dtype}",
+            lambda x=x, w=w, o=onto: matmul.matmul_onto(x, o[1], w, o[2], o[0]),
+        )
 
     z, x = empty(9216, ROWS, dtype=torch.int8), empty(2048, ROWS, dtype=torch.int8)
     for dtype in (F32, BF16):

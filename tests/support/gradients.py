@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 
-def transposed_gradient(dy: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 codes (out_features, tokens), ``c`` float32 (out_features, 1), and ``peak``."""
+def transposed_gradient(dy: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes (out_features, tokens) and ``c`` float32 (out_features, 1)."""
     z = dy.reshape(-1, dy.shape[-1]).float() * r.reshape(-1, 1).reciprocal()
     peak = torch.stack([torch.tensor([1e-30, *column.abs().tolist()]).max() for column in z.t()])
     c = (1 / peak) * 127
@@ -20,7 +20,7 @@ def transposed_gradient(dy: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         [math.floor(torch.tensor(value) * scale + _noise(value, token, output)) for token, value in column]
         for output, (scale, column) in enumerate(zip(c, map(enumerate, z.t().tolist()), strict=True))
     ]
-    return torch.tensor(codes, dtype=torch.int8).reshape(z.shape[::-1]), c[:, None], peak
+    return torch.tensor(codes, dtype=torch.int8).reshape(z.shape[::-1]), c[:, None]
 
 
 def _noise(value: float, token: int, output: int) -> float:

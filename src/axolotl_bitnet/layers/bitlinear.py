@@ -130,6 +130,7 @@ class _BitLinear(torch.autograd.Function):
                     [],
                     [ctx.means[place] for place, _ in given],
                     [dy for _, dy in given],
+                    [],
                     codes_x,
                     r,
                     ctx.precision,

@@ -151,19 +151,21 @@ class _SwiGLU(torch.autograd.Function):
         needs_x, _, _, needs_gate, needs_up, needs_down, _, _ = ctx.needs_input_grad
         wanted, precision, dtype = [needs_x, needs_gate, needs_up], ctx.precision, w_gate.dtype
         with no_autocast(dy):
-            dgate, dup, *dw_down = parts.down_backward(
-                [w_down], [], [g_down], dy, gate, up, r_h, precision, needs_down, dtype
+            dgate, dup, *peaks = parts.down_backward(
+                [w_down], [], [g_down], dy, gate, up, r_h, r, precision, needs_down, dtype
             )
+            dw_down = peaks.pop() if needs_down else None
             del gate, up
+            dys, means = [dgate, dup], [g_gate, g_up]
             results = iter(
                 parts.project_backward(
-                    [w_gate, w_up], [], [g_gate, g_up], [dgate, dup], codes_x, r, precision, wanted, dtype
+                    [w_gate, w_up], [], means, dys, peaks, codes_x, r, precision, wanted, dtype
                 )
             )
         dx = next(results).to(ctx.x_dtype) if needs_x else None
         dw_gate = next(results) if needs_gate else None
         dw_up = next(results) if needs_up else None
-        return dx, None, None, dw_gate, dw_up, dw_down[0] if needs_down else None, None, None
+        return dx, None, None, dw_gate, dw_up, dw_down, None, None
 
 
 class _Down(torch.autograd.Function):

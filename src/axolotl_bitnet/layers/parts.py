@@ -63,8 +63,8 @@ def project(
 
 
 def _project_backward_fake(
-    weights: Any, shards: Any, means: Any, dys: Any, codes_x: Tensor, r: Tensor, precision: str, wanted: Any,
-    dtype: Any,
+    weights: Any, shards: Any, means: Any, dys: Any, peaks: Any, codes_x: Tensor, r: Tensor, precision: str,
+    wanted: Any, dtype: Any,
 ) -> Any:  # fmt: skip
     columns, dy = codes_x.shape[-1], dys[0]
     dx = [dy.new_empty((*dy.shape[:-1], columns))] if wanted[0] else []
@@ -78,6 +78,7 @@ def project_backward(
     shards: list[int],
     means: list[Tensor],
     dys: list[Tensor],
+    peaks: list[Tensor],
     codes_x: Tensor,
     r: Tensor,
     precision: str,
@@ -85,15 +86,18 @@ def project_backward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """Gradients of x, summed over the weights, and of each weight as ``dtype``; those that are ``wanted``, of
-    x and of each weight."""
+    x and of each weight. ``peaks`` are :func:`axolotl_bitnet.ops.gradient_peaks` of each of ``dys``, or
+    empty."""
     dx, dws, inputs = None, [], Inputs(codes_x, r)
-    each = zip(_sources(weights, shards), means, dys, wanted[1:], strict=True)
-    for weight, g, dy, needed in each:
-        gradient = OutputGradient(dy, r, precision)
+    pairs = [peaks[place : place + 2] for place in range(0, 2 * len(dys), 2)]
+    each = zip(_sources(weights, shards), means, dys, pairs, wanted[1:], strict=True)
+    for weight, g, dy, pair, needed in each:
+        gradient = OutputGradient(dy, r, precision, pair)
         if wanted[0]:
             dx = gradient.of_input(weight, g, onto=dx)
         if needed:
             dws.append(gradient.of_weight(inputs, dtype))
+        del gradient  # before as much is allocated for the next
     return dws if dx is None else [dx, *dws]
 
 
@@ -114,12 +118,14 @@ def gate_and_up(
 
 
 def _down_backward_fake(
-    weights: Any, shards: Any, means: Any, dy: Tensor, gate: Tensor, up: Tensor, r_h: Tensor, precision: str,
-    wanted: bool, dtype: Any,
+    weights: Any, shards: Any, means: Any, dy: Tensor, gate: Tensor, up: Tensor, r_h: Tensor, r: Tensor,
+    precision: str, wanted: bool, dtype: Any,
 ) -> Any:  # fmt: skip
     shape = _rows(weights, shards)[0], gate.shape[-1]
+    sizes = [r.numel(), gate.shape[-1]] * 2 if precision == "int8" else []
+    peaks = [r.new_empty(size) for size in sizes]
     dw = [gate.new_empty(shape, dtype=dtype)] if wanted else []
-    return [gate.new_empty(gate.shape), up.new_empty(up.shape), *dw]
+    return [gate.new_empty(gate.shape), up.new_empty(up.shape), *peaks, *dw]
 
 
 @composed(_down_backward_fake)
@@ -131,20 +137,26 @@ def down_backward(
     gate: Tensor,
     up: Tensor,
     r_h: Tensor,
+    r: Tensor,
     precision: str,
     wanted: bool,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Gradients of gate and up, and of ``down_proj``'s weight as ``dtype`` if it is wanted."""
+    """Gradients of gate and up; with ``int8`` two peaks of each, as :func:`project_backward` takes them, for
+    which ``r`` are the scales of the x that gate and up read; and the gradient of ``down_proj``'s weight as
+    ``dtype``, if it is wanted."""
     (weight,) = _sources(weights, shards)
     dy = dy.contiguous()
     gradient = OutputGradient(dy, r_h, precision)
-    as_codes = precision == "int8"
-    dgate, dup, h = ops.swiglu_backward(gradient.of_input(weight, means[0]), gate, up, r_h, as_codes)
-    if not wanted:
-        return [dgate, dup]
-    inputs = Inputs(h, r_h) if as_codes else Inputs(dense=h)
-    return [dgate, dup, gradient.of_weight(inputs, dtype)]
+    dh = gradient.of_input(weight, means[0])
+    if precision == "int8":
+        dgate, dup, h, *peaks = ops.swiglu_gradients(dh, gate, up, r_h, r)
+        inputs = Inputs(h, r_h)
+    else:
+        (dgate, dup, h), peaks = ops.swiglu_backward(dh, gate, up, r_h), []
+        inputs = Inputs(dense=h)
+    del dh, h
+    return [dgate, dup, *peaks, *([gradient.of_weight(inputs, dtype)] if wanted else [])]
 
 
 def _of_gathered(part: Composed[..., list[Tensor]], gives_means: bool) -> Any:

@@ -8,6 +8,7 @@ exact in int8 (:mod:`axolotl_bitnet.ops.gradients`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -56,24 +57,26 @@ class OutputGradient:
         dy: (..., out_features).
         r: float32 (..., 1), the scales of the layer's x.
         precision: of the products, a :data:`Backward`.
+        peaks: :func:`axolotl_bitnet.ops.gradient_peaks`, where they are known.
     """
 
-    def __init__(self, dy: Tensor, r: Tensor, precision: str) -> None:
-        self.dy, self.r, self.precision = dy, r, precision
+    def __init__(self, dy: Tensor, r: Tensor, precision: str, peaks: Sequence[Tensor] = ()) -> None:
+        self.dy, self.precision = dy, precision
         if precision == "int8":
-            self.codes, self.scale, self.peak = ops.quantize_gradient(dy, r)
+            largest, peak = peaks or ops.gradient_peaks(dy, r)
+            self.codes, self.scale, self.codes_z, self.c = ops.quantize_gradient(dy, r, largest, peak)
 
     def of_input(self, weight: Weight, g: Tensor, onto: Tensor | None = None) -> Tensor:
-        """``dY . (codes_w / s)``, (..., in_features) in dY's dtype; added to ``onto``, in place, if there is
-        one."""
+        """``dY . (codes_w / s)``, (..., in_features) in dY's dtype; added to ``onto``, if there is one, which
+        may be overwritten."""
         dy = self.dy
         if self.precision != "bf16":
             if self.precision == "int8":
                 codes, scale = self.codes, self.scale
             else:
                 codes, scale = ops.quantize_activations(dy, dy.dtype, ops.GRADIENT_FLOOR)
-            dx = ops.matmul(codes, scale, *transposed_codes(weight, g), None, dy.dtype)
-            return dx if onto is None else onto.add_(dx)
+            operands = (codes, scale, *transposed_codes(weight, g))
+            return ops.matmul(*operands, None, dy.dtype) if onto is None else ops.matmul_onto(*operands, onto)
         dense = dequantized_weight(weight, g, dy.dtype)
         if onto is None:
             return dy @ dense
@@ -84,8 +87,7 @@ class OutputGradient:
         """``dY^T . (codes_x / r)`` summed over tokens, (out_features, in_features) as ``dtype``."""
         if self.precision != "int8":
             return weight_gradient(self.dy, inputs.dense(self.dy.dtype), dtype)
-        codes, c = ops.transposed_gradient(self.dy, self.r, self.peak)
-        return _weight_product(codes, c, inputs.transposed(), dtype)
+        return _weight_product(self.codes_z, self.c, inputs.transposed(), dtype)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

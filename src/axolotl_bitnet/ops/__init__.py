@@ -8,6 +8,7 @@ An operation takes and gives plain tensors; it knows neither layers nor models. 
 from .activations import (
     dequantize_activations,
     matmul,
+    matmul_onto,
     quantize_activations,
     rmsnorm_backward,
     rmsnorm_quantize,
@@ -17,9 +18,10 @@ from .activations import (
 from .gradients import (
     GRADIENT_FLOOR,
     MOST_TOKENS,
+    gradient_peaks,
     quantize_gradient,
+    swiglu_gradients,
     transposed_activations,
-    transposed_gradient,
     weight_product,
 )
 from .operation import has_kernels
@@ -48,8 +50,10 @@ __all__ = [
     "dequantize_activations",
     "dequantize_shards",
     "dequantized_weight",
+    "gradient_peaks",
     "has_kernels",
     "matmul",
+    "matmul_onto",
     "pack_codes",
     "pack_shard",
     "packed_matmul",
@@ -58,11 +62,11 @@ __all__ = [
     "rmsnorm_backward",
     "rmsnorm_quantize",
     "swiglu_backward",
+    "swiglu_gradients",
     "swiglu_quantize",
     "ternarize",
     "transposed_activations",
     "transposed_codes",
-    "transposed_gradient",
     "unpack_codes",
     "unpack_layer",
     "unpack_shards",

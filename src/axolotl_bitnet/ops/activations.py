@@ -64,6 +64,18 @@ def matmul(
     return y if bias is None else y + bias.to(dtype)
 
 
+@operation(
+    "matmul",
+    lambda codes_x, r, codes_w, s, onto: (
+        has_kernels(codes_x, onto.dtype) and codes_x.numel() and codes_w.numel() and onto.is_contiguous()
+    ),
+    lambda codes_x, r, codes_w, s, onto: onto.new_empty(onto.shape),
+)
+def matmul_onto(codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor, onto: Tensor) -> Tensor:
+    """``onto`` plus :func:`matmul` in its dtype: (..., out_features)."""
+    return (onto + matmul.plain(codes_x, r, codes_w, s, None, onto.dtype)).contiguous()
+
+
 @operation("swiglu", lambda gate, up: _row_fits(gate, gate.dtype), lambda gate, up: _codes_and_r(gate))
 def swiglu_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes and scales ``r`` of ``silu(gate) * up``, rounded as a model's own code rounds it."""
@@ -72,24 +84,18 @@ def swiglu_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 @operation(
     "swiglu",
-    lambda dh, gate, up, r, as_codes=False: _fits(gate, gate.dtype),
-    lambda dh, gate, up, r, as_codes=False: (
-        gate.new_empty(gate.shape),
-        gate.new_empty(gate.shape),
-        gate.new_empty(gate.shape, dtype=torch.int8 if as_codes else gate.dtype),
-    ),
+    lambda dh, gate, up, r: _fits(gate, gate.dtype),
+    lambda dh, gate, up, r: tuple(gate.new_empty(gate.shape) for _ in range(3)),
 )
-def swiglu_backward(
-    dh: Tensor, gate: Tensor, up: Tensor, r: Tensor, as_codes: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of gate and up, and ``silu(gate) * up`` as it was quantized: codes / r, or the int8 codes."""
+def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gate and up, and ``silu(gate) * up`` as it was quantized."""
     activated = silu(gate)
     codes = torch.nan_to_num((activated * up).to(torch.float32) * r, nan=0.0).round_()
     gate32 = gate.to(torch.float32)
     sigmoid = torch.sigmoid(gate32)
     dgate = dh.to(torch.float32) * up * sigmoid * (1 + gate32 * (1 - sigmoid))
     dup = dh.to(torch.float32) * activated
-    h = codes.to(torch.int8) if as_codes else ternary.dequantize(codes, r, gate.dtype)
+    h = ternary.dequantize(codes, r, gate.dtype)
     return dgate.to(gate.dtype).contiguous(), dup.to(up.dtype).contiguous(), h.contiguous()
 
 

@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from .. import ternary
+from .activations import swiglu_backward
 from .operation import has_kernels, operation
 
 GRADIENT_FLOOR = 1e-30
@@ -31,8 +33,6 @@ GRADIENT_FLOOR = 1e-30
 
 MOST_TOKENS = (2**31 - 1) // 127**2 // 16 * 16
 """Products of two int8 codes that a sum in int32 holds."""
-
-_MAX_FEATURES = 24576  # a program has the peaks of all columns in registers
 
 ROW_HASH, COLUMN_HASH, HASH = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D  # odd; from 2**32 / golden ratio, and xxHash
 
@@ -50,52 +50,53 @@ def _fits(x: Tensor, *_: object) -> bool:
     return has_kernels(x, torch.bfloat16 if x.dtype == torch.int8 else x.dtype) and x.numel() > 0
 
 
-@operation(
-    "gradients",
-    lambda dy, r: _fits(dy) and dy.shape[-1] <= _MAX_FEATURES,
-    lambda dy, r: (
-        dy.new_empty(dy.shape, dtype=torch.int8),
-        dy.new_empty((*dy.shape[:-1], 1), dtype=torch.float32),
-        dy.new_empty(dy.shape[-1], dtype=torch.float32),
-    ),
-)
-def quantize_gradient(dy: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 codes of dY and their scales (..., 1), as of activations; and ``peak``, float32 (out_features,),
-    NaN where z has a NaN or an Inf.
+def _seen(dy: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(dy.new_empty(n, dtype=torch.float32) for n in (_tokens(dy), dy.shape[-1]))  # type: ignore
+
+
+@operation("gradients", lambda dy, r: _fits(dy), lambda dy, r: _seen(dy))
+def gradient_peaks(dy: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """What the scales follow from, float32: the largest |dY| of each token, (tokens,), and the largest |z| of
+    each output, (out_features,); at least 1e-30, and NaN or Inf where there is one.
 
     Args:
         dy: (..., out_features).
         r: float32 (..., 1), the scales of x.
     """
-    codes, scale = ternary.quantize_activations(dy, GRADIENT_FLOOR)
-    peak = _z(dy, r).abs().amax(0) if dy.numel() else dy.new_zeros(dy.shape[-1], dtype=torch.float32)
-    peak = torch.where(torch.isfinite(peak), peak, torch.nan).clamp(min=GRADIENT_FLOOR)
-    return codes.contiguous(), scale.contiguous(), peak
+    z = _z(dy, r)
+    rows = dy.reshape(z.shape).to(torch.float32)
+    return _largest(rows, 1), _largest(z, 0)
 
 
 @operation(
     "gradients",
-    lambda dy, r, peak: _fits(dy),
-    lambda dy, r, peak: (
+    lambda dy, *_: _fits(dy),
+    lambda dy, r, largest, peak: (
+        dy.new_empty(dy.shape, dtype=torch.int8),
+        dy.new_empty((*dy.shape[:-1], 1), dtype=torch.float32),
         dy.new_empty((dy.shape[-1], padded(_tokens(dy))), dtype=torch.int8),
         dy.new_empty((dy.shape[-1], 1), dtype=torch.float32),
     ),
 )
-def transposed_gradient(dy: Tensor, r: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes of z, (out_features, tokens and padding), and ``c``, float32 (out_features, 1); codes 0 and
-    c NaN where ``peak`` is NaN.
+def quantize_gradient(
+    dy: Tensor, r: Tensor, largest: Tensor, peak: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """int8 codes of dY and their scales (..., 1), as of activations; int8 codes of z, (out_features, tokens
+    and padding), and ``c``, float32 (out_features, 1). Codes 0 and the scale NaN where there is a NaN or Inf.
 
     Args:
-        dy, r: as of :func:`quantize_gradient`.
-        peak: what that gave.
+        dy, r: as of :func:`gradient_peaks`.
+        largest, peak: what that gave.
     """
+    codes, scale = ternary.quantize_activations(dy, GRADIENT_FLOOR)
+    peak = torch.where(torch.isfinite(peak), peak, torch.nan)
     z, c = _z(dy, r), peak.reciprocal() * 127
     bits = z.view(torch.int32).to(torch.int64)
     tokens, features = (torch.arange(n, device=z.device) for n in z.shape)
     mixed = (bits ^ (tokens * ROW_HASH)[:, None] ^ features * COLUMN_HASH) & 0xFFFFFFFF
     u = ((mixed * HASH & 0xFFFFFFFF) >> 16).to(torch.float32) / 65536
-    codes = torch.nan_to_num(z * c + u, nan=0.0).floor_().clamp_(-127, 127).to(torch.int8)
-    return _transposed(codes), c[:, None]
+    codes_z = torch.nan_to_num(z * c + u, nan=0.0).floor_().clamp_(-127, 127).to(torch.int8)
+    return codes.contiguous(), scale.contiguous(), _transposed(codes_z), c[:, None]
 
 
 @operation(
@@ -109,6 +110,34 @@ def transposed_activations(codes: Tensor) -> Tensor:
 
 
 @operation(
+    "swiglu",
+    lambda dh, gate, up, r_h, r: _fits(gate),
+    lambda dh, gate, up, r_h, r: (
+        gate.new_empty(gate.shape),
+        gate.new_empty(gate.shape),
+        gate.new_empty(gate.shape, dtype=torch.int8),
+        *_seen(gate),
+        *_seen(gate),
+    ),
+)
+def swiglu_gradients(
+    dh: Tensor, gate: Tensor, up: Tensor, r_h: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`axolotl_bitnet.ops.swiglu_backward` for an 8-bit backward: gradients of gate and up, the int8
+    codes of ``silu(gate) * up``, and :func:`gradient_peaks` of the two gradients.
+
+    Args:
+        dh, gate, up: (..., features).
+        r_h: float32 (..., 1), scales of ``silu(gate) * up``.
+        r: float32 (..., 1), scales of the x that gate and up read.
+    """
+    dgate, dup, _ = swiglu_backward.plain(dh, gate, up, r_h)
+    h = torch.nan_to_num((silu(gate) * up).to(torch.float32) * r_h, nan=0.0).round_().to(torch.int8)
+    of_gate, of_up = (gradient_peaks.plain(each, r) for each in (dgate, dup))
+    return dgate, dup, h.contiguous(), *of_gate, *of_up
+
+
+@operation(
     "matmul",
     lambda codes_z, c, codes_x, dtype: has_kernels(codes_z, dtype) and codes_z.numel() and codes_x.numel(),
     lambda codes_z, c, codes_x, dtype: codes_z.new_empty((codes_z.shape[0], codes_x.shape[0]), dtype=dtype),
@@ -117,7 +146,7 @@ def weight_product(codes_z: Tensor, c: Tensor, codes_x: Tensor, dtype: torch.dty
     """``(codes_z . codes_x^T) / c`` as ``dtype``: (out_features, in_features).
 
     Args:
-        codes_z, c: what :func:`transposed_gradient` gave; at most ``MOST_TOKENS`` tokens.
+        codes_z, c: what :func:`quantize_gradient` gave; at most ``MOST_TOKENS`` tokens.
         codes_x: int8 (in_features, tokens and padding).
     """
     product = codes_z.to(torch.float64) @ codes_x.to(torch.float64).t()  # exact, as integers are in int32
@@ -126,6 +155,11 @@ def weight_product(codes_z: Tensor, c: Tensor, codes_x: Tensor, dtype: torch.dty
 
 def _z(dy: Tensor, r: Tensor) -> Tensor:
     return dy.reshape(-1, dy.shape[-1]).to(torch.float32) * r.reshape(-1, 1).reciprocal()
+
+
+def _largest(x: Tensor, dim: int) -> Tensor:
+    largest = x.abs().amax(dim) if x.numel() else x.new_zeros(x.shape[1 - dim])
+    return largest.clamp(min=GRADIENT_FLOOR)
 
 
 def _transposed(codes: Tensor) -> Tensor:

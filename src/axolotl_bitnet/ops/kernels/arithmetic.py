@@ -19,6 +19,7 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 EPSILON = tl.constexpr(ternary.EPSILON)
 INFINITY = tl.constexpr(float("inf"))
 _TO_INTEGER = tl.constexpr(1.5 * 2**23)  # floats this large have no fraction: adding it rounds half to even
+_TO_INTEGER_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
@@ -31,6 +32,23 @@ def reciprocal(x):
 def round_even(x):
     """Half to even, for |x| < 2**22."""
     return (x + _TO_INTEGER) - _TO_INTEGER
+
+
+@triton.jit
+def floor(x):
+    """The largest integer <= x, int32, for |x| < 2**22: ``tl.floor`` and a conversion each run at an eighth
+    of an addition's rate."""
+    if INTERPRET:
+        return tl.floor(x).to(tl.int32)
+    shift = tl.full(x.shape, _TO_INTEGER, tl.float32)
+    shifted = tl.inline_asm_elementwise("add.rm.f32 $0, $1, $2;", "=f,f,f", [x, shift], tl.float32, True, 1)
+    return shifted.to(tl.int32, bitcast=True) - _TO_INTEGER_BITS
+
+
+@triton.jit
+def fraction(bits):
+    """The highest 16 of 32 bits, uint32, as a float in [0, 1): in the mantissa of 1 + x."""
+    return (((bits >> 9) & 0x7FFF80) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
 
 
 @triton.jit

@@ -56,10 +56,22 @@ def _scaled(
 
 
 @triton.jit
+def _sum(y, onto_ptr, place, column, rows, out_features, HAS_ONTO: tl.constexpr):
+    """y and, if there is one, the part of ``onto`` from ``column`` on in the rows ``place``, of y's dtype."""
+    if HAS_ONTO:
+        n = column + tl.arange(0, y.shape[1])
+        inside = (place < rows)[:, None] & (n < out_features)[None, :]
+        onto = tl.load(onto_ptr + place.to(tl.int64)[:, None] * out_features + n[None, :], inside, other=0.0)
+        y = cast(onto.to(tl.float32) + y.to(tl.float32), y.dtype)
+    return y
+
+
+@triton.jit
 def _matmul_tma(
-    x_desc, w_desc, y_desc, r_ptr, s_ptr, bias_ptr, rows, out_features, columns,
+    x_desc, w_desc, y_desc, r_ptr, s_ptr, bias_ptr, onto_ptr, rows, out_features, columns,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, HAS_S: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    PROGRAMS: tl.constexpr, HAS_S: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ONTO: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = y_desc.dtype
     tiles_m = tl.cdiv(rows, BLOCK_M)
@@ -79,17 +91,25 @@ def _matmul_tma(
         place = row + tl.arange(0, BLOCK_M)
         scale = (tl.load(r_ptr + place, mask=place < rows, other=1.0) * s)[:, None]
         inverse = reciprocal(scale)
-        # By parts of the tile: the staging buffer of the store then leaves room for one more stage of loads.
-        if SPLIT == 2:
-            part: tl.constexpr = BLOCK_N // 2
-            left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_M, 2, part)), (0, 2, 1)))
-            y = _scaled(left, scale, inverse, bias_ptr, column, out_features, dtype, HAS_BIAS)
-            y_desc.store([row, column], y)
-            y = _scaled(right, scale, inverse, bias_ptr, column + part, out_features, dtype, HAS_BIAS)
-            y_desc.store([row, column + part], y)
+        # By parts of the tile: the staging buffers of the store then leave room for one more stage of loads.
+        part: tl.constexpr = BLOCK_N // SPLIT
+        if SPLIT == 1:
+            parts = (product,)
+        elif SPLIT == 2:
+            parts = _halves(product)
         else:
-            y = _scaled(product, scale, inverse, bias_ptr, column, out_features, dtype, HAS_BIAS)
-            y_desc.store([row, column], y)
+            left, right = _halves(product)
+            parts = _halves(left) + _halves(right)
+        for index in tl.static_range(SPLIT):
+            n = column + index * part
+            y = _scaled(parts[index], scale, inverse, bias_ptr, n, out_features, dtype, HAS_BIAS)
+            y_desc.store([row, n], _sum(y, onto_ptr, place, n, rows, out_features, HAS_ONTO))
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right columns of a tile."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -133,7 +153,7 @@ class Tiles(NamedTuple):
     residents: int = 1
 
 
-def tma_tiles(rows: int, out_features: int, itemsize: int) -> Tiles:
+def tma_tiles(rows: int, out_features: int, itemsize: int, onto: bool = False) -> Tiles:
     """For Hopper, as measured on an H200 (benchmarks/results/each_kernel.csv)."""
     if rows <= 64:
         return Tiles(64, 64, 128, 4, 4)
@@ -141,6 +161,8 @@ def tma_tiles(rows: int, out_features: int, itemsize: int) -> Tiles:
         return Tiles(128, 64, 128, 3, 4, 1, 2)
     if itemsize > 2:
         return Tiles(128, 128, 128, 2, 8, 2, 2)
+    if onto:  # what is read goes through shared memory too
+        return Tiles(128, 128, 128, 3, 8, 4, 2)
     return Tiles(128, 128, 128, 3, 8 if out_features <= 4096 else 4, 2, 2)
 
 
@@ -179,26 +201,37 @@ def matmul(
         bias: (out_features,) or None.
         dtype: float32, bfloat16 or float16.
     """
-    return _matmul(codes_x, r, codes_w, s, bias, dtype, None)
+    return _matmul(codes_x, r, codes_w, s, bias, dtype)
+
+
+def matmul_onto(codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor, onto: Tensor) -> Tensor:
+    """``onto`` plus :func:`matmul` in its dtype, without a bias.
+
+    Args:
+        codes_x, r, codes_w, s: as in :func:`matmul`.
+        onto: (..., out_features), contiguous.
+    """
+    return _matmul(codes_x, r, codes_w, s, None, onto.dtype, onto=onto)
 
 
 def _matmul(
     codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
-    tiles: Tiles | None,
+    tiles: Tiles | None = None, onto: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     out_features, columns = codes_w.shape
     rows = r.numel()
     y = torch.empty(*codes_x.shape[:-1], out_features, dtype=dtype, device=codes_x.device)
     multiprocessors, has_tma, _ = _gpu(codes_x.get_device())
     of_s, of_bias = None if s is None else s.dtype, bias is not None and (bias.dtype, *aligned(bias))
-    key = (dtype, of_s, rows, out_features, columns, of_bias)
-    operands = (codes_x, r, codes_w, s, bias, y, rows)
+    of_onto = onto is not None and aligned(onto)
+    key = (dtype, of_s, rows, out_features, columns, of_bias, of_onto)
     if has_tma and columns % 16 == 0 and out_features * dtype.itemsize % 16 == 0:
-        tiles = tiles or tma_tiles(rows, out_features, dtype.itemsize)
-        launch_tma(*operands, (*key, tiles), multiprocessors, tiles)
-    else:
-        launch_pointers(*operands, key, pointer_tiles(rows))
-    return y
+        tiles = tiles or tma_tiles(rows, out_features, dtype.itemsize, onto is not None)
+        key = (*key, tiles)
+        launch_tma(codes_x, r, codes_w, s, bias, onto, y, rows, key, multiprocessors, tiles)
+        return y
+    launch_pointers(codes_x, r, codes_w, s, bias, y, rows, key, pointer_tiles(rows))
+    return y if onto is None else y.add_(onto)  # in the kernel, some tiles would not fit the registers
 
 
 def weight_product(codes_z: Tensor, c: Tensor, codes_x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -215,8 +248,8 @@ def weight_product(codes_z: Tensor, c: Tensor, codes_x: Tensor, dtype: torch.dty
 
 
 def launch_tma(
-    codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor | None, bias: Tensor | None, y: Tensor, rows: int,
-    key: tuple[Any, ...], multiprocessors: int, tiles: Tiles,
+    codes_x: Tensor, r: Tensor, codes_w: Tensor, s: Tensor | None, bias: Tensor | None, onto: Tensor | None,
+    y: Tensor, rows: int, key: tuple[Any, ...], multiprocessors: int, tiles: Tiles,
 ) -> None:  # fmt: skip
     out_features, columns = codes_w.shape
     persistent = multiprocessors * tiles.residents
@@ -225,8 +258,10 @@ def launch_tma(
         Tiled(codes_x, [rows, columns], [columns, 1], [tiles.m, tiles.k]),
         Tiled(codes_w, [out_features, columns], [columns, 1], [tiles.n, tiles.k]),
         Tiled(y, [rows, out_features], [out_features, 1], [tiles.m, tiles.n // tiles.split]),
-        r, r if s is None else s, r if bias is None else bias, rows, out_features, columns,
-        tiles.m, tiles.n, tiles.k, _GROUP, programs, s is not None, bias is not None, tiles.split,
+        r, r if s is None else s, r if bias is None else bias,
+        y if onto is None else onto, rows, out_features, columns,
+        tiles.m, tiles.n, tiles.k, _GROUP, programs, s is not None, bias is not None, onto is not None,
+        tiles.split,
     )  # fmt: skip
     launch(_matmul_tma, programs, y.get_device(), key, args, tiles.warps, tiles.stages)
 

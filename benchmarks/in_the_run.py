@@ -176,9 +176,11 @@ def restored() -> Iterator[None]:
     from accelerate.state import AcceleratorState, GradientState
     from axolotl.integrations.base import PluginManager
     from axolotl.monkeypatch.attention.sdpa_varlen import unpatch_sdpa_varlen
+    from transformers import Trainer
     from transformers.models.llama import modeling_llama
 
     environment, own = dict(os.environ), dict(vars(modeling_llama))
+    accelerator = Trainer.create_accelerator_and_postprocess  # `fp8: true` replaces it
     classes = {value: dict(vars(value)) for value in own.values() if isinstance(value, type)}
     classes = {one: kept for one, kept in classes.items() if one.__module__ == modeling_llama.__name__}
     try:
@@ -191,6 +193,7 @@ def restored() -> Iterator[None]:
             for name in ("forward", "__init__"):
                 if name in kept:
                     setattr(one, name, kept[name])
+        Trainer.create_accelerator_and_postprocess = accelerator
         unpatch_sdpa_varlen()
         for module_name, name in sdpa_varlen.SYMBOLS:
             module = import_module(module_name)

@@ -122,17 +122,19 @@ def _lesson(
     **inputs: Any,
 ) -> CausalLMOutputWithPast:
     """The student's forward with the teacher's loss in place of logits."""
-    hidden = _hidden(student, *args, **inputs)
     following = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED).flatten()
+    # which tokens count is read from the GPU before the forward: later the CPU would wait for all of it
     rows = (following != IGNORED).nonzero()[:, 0]
+    mine = _hidden(student, *args, **inputs).flatten(0, -2)[rows]
     items = num_items_in_batch if num_items_in_batch is not None else max(len(rows), 1)
-    mine = hidden.flatten(0, -2)[rows]
+    if not isinstance(items, Tensor):
+        items = mine.new_full((), items, dtype=torch.float32)
     losses: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def compare(taught: Tensor, head: Tensor) -> None:
         with torch.enable_grad():
             losses.append(_loss(mine, _head(student), taught.flatten(0, -2)[rows], head,
-                                following[rows], torch.as_tensor(items), teacher))  # fmt: skip
+                                following[rows], items, teacher))  # fmt: skip
 
     with torch.no_grad():
         teacher.model(*args, _then=compare, **inputs)
@@ -161,7 +163,7 @@ def _loss(
 
 @torch.compiler.disable
 def _count(teacher: Teacher, kl: Tensor, tokens: int) -> None:
-    sums = torch.stack([kl.detach().float(), kl.new_tensor(tokens, dtype=torch.float32)])
+    sums = torch.stack([kl.detach().float(), kl.new_full((), tokens, dtype=torch.float32)])
     teacher.sums = sums if teacher.sums is None else teacher.sums + sums
     teacher.heard = True
 

@@ -164,7 +164,7 @@ def settings_of(cfg: Mapping[str, Any], options: _Options, frozen: int = 0) -> S
     latent = 2 if options.latent_dtype == "bfloat16" else 4
     optimizer = str(cfg.get("optimizer") or "adamw_torch_fused")
     compiled = cfg.get("torch_compile") is True
-    loss = "compiled" if compiled and not method else "plain"
+    loss = "preference" if method in _PAIRS else "compiled" if compiled and not method else "plain"
     if options.teacher or any(cfg.get(key) for key in _NO_LOGITS):
         loss = "chunked"
     return Settings(

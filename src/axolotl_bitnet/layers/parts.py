@@ -11,17 +11,53 @@ are not here: a compiler fuses these sums.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.operation import Composed, composed
+from ..ops.operation import Operation, register
 from .gathered_weight import READS, GatheredWeight, Shards
 from .products import Inputs, OutputGradient
-from .weight_codes import Weight, ternarize
+from .weight_codes import Weight, made_anew, ternarize
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Part(Operation[P, R], Protocol[P, R]):
+    """A part: call it; ``plain`` is the function, ``opaque`` what a compiler's code calls."""
+
+    opaque: Callable[P, R]
+
+
+def part(fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Part[P, R]]:
+    """Make a part of a function that calls operations.
+
+    Args:
+        fake: empty results for these arguments.
+    """
+
+    def decorate(typed: Callable[P, R]) -> Part[P, R]:
+        body: Callable[..., Any] = typed
+
+        def here(*args: Any) -> Any:
+            with made_anew():  # what an operation gives may be written to by a compiler's code
+                return body(*args)
+
+        opaque = register(typed.__name__, body, here, fake)
+
+        @wraps(body)
+        def call(*args: Any) -> Any:
+            return opaque(*args) if torch.compiler.is_compiling() else body(*args)
+
+        call.plain, call.opaque = typed, opaque  # type: ignore[attr-defined]
+        return cast(Part[P, R], call)
+
+    return decorate
 
 
 def _sources(weights: Sequence[Any], shards: Sequence[int]) -> Sequence[Weight]:
@@ -44,7 +80,7 @@ def _project_fake(weights: Any, shards: Any, codes_x: Tensor, r: Tensor, biases:
     return outputs + _new_means(codes_x, weights, shards)
 
 
-@composed(_project_fake)
+@part(_project_fake)
 def project(
     weights: list[Tensor],
     shards: list[int],
@@ -72,7 +108,7 @@ def _project_backward_fake(
     return dx + [dy.new_empty((rows, columns), dtype=dtype) for rows, needed in each if needed]
 
 
-@composed(_project_backward_fake)
+@part(_project_backward_fake)
 def project_backward(
     weights: list[Tensor],
     shards: list[int],
@@ -108,7 +144,7 @@ def _gate_and_up_fake(weights: Any, shards: Any, codes_x: Tensor, r: Tensor, dty
     return [gate, up, codes_h, r_h, *_new_means(codes_x, weights, shards)]
 
 
-@composed(_gate_and_up_fake)
+@part(_gate_and_up_fake)
 def gate_and_up(
     weights: list[Tensor], shards: list[int], codes_x: Tensor, r: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
@@ -128,7 +164,7 @@ def _down_backward_fake(
     return [gate.new_empty(gate.shape), up.new_empty(up.shape), *peaks, *dw]
 
 
-@composed(_down_backward_fake)
+@part(_down_backward_fake)
 def down_backward(
     weights: list[Tensor],
     shards: list[int],
@@ -159,15 +195,15 @@ def down_backward(
     return [dgate, dup, *peaks, *([gradient.of_weight(inputs, dtype)] if wanted else [])]
 
 
-def _of_gathered(part: Composed[..., list[Tensor]], gives_means: bool) -> Any:
+def _of_gathered(whole: Part[..., list[Tensor]], gives_means: bool) -> Any:
     """The part on gathered weights, by their inner tensors. Their means are inputs, so it gives none."""
 
     def read(weights: list[Tensor], shards: list[int], *rest: Any) -> list[Tensor]:
         gathered = [weight for weight in weights if isinstance(weight, GatheredWeight)]
         if len(gathered) < len(weights):
-            return part.plain(weights, shards, *rest)
+            return whole.plain(weights, shards, *rest)
         inner = [tensor for weight in gathered for tensor in (weight.packed, weight.g, weight.s)]
-        results: list[Tensor] = part.opaque(inner, [weight.shape[0] for weight in gathered], *rest)
+        results: list[Tensor] = whole.opaque(inner, [weight.shape[0] for weight in gathered], *rest)
         return results + [weight.g for weight in gathered] if gives_means else results
 
     return read

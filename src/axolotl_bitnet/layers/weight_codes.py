@@ -96,6 +96,17 @@ def window() -> Window | None:
     return _window
 
 
+@contextmanager
+def made_anew() -> Iterator[None]:
+    """Inside, no codes are kept, nor are kept ones given."""
+    global _window
+    before, _window = _window, None
+    try:
+        yield
+    finally:
+        _window = before
+
+
 @cache
 def _forget_after_optimizer_steps() -> None:
     register_optimizer_step_post_hook(lambda *_: forget_weight_codes())

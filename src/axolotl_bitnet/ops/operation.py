@@ -40,12 +40,6 @@ class Operation(Protocol[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
 
-class Composed(Operation[P, R], Protocol[P, R]):
-    """An operation made of others: ``opaque`` is what a compiler's code calls."""
-
-    opaque: Callable[P, R]
-
-
 def operation(
     kernels: str, fits: Callable[..., Any], fake: Callable[..., Any] | None
 ) -> Callable[[Callable[P, R]], Operation[P, R]]:
@@ -70,7 +64,7 @@ def operation(
         def here(*args: Any) -> Any:
             return kernel()(*args) if fits(*args) else body(*args)
 
-        opaque = None if fake is None else _register(name, body, here, fake)
+        opaque = None if fake is None else register(name, body, here, fake)
 
         @wraps(body)
         def call(x: Any, *rest: Any) -> Any:
@@ -86,31 +80,13 @@ def operation(
     return decorate
 
 
-def composed(fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Composed[P, R]]:
-    """Make one operation of a function that calls several: a compiler's code then calls Python once.
-
-    Args:
-        fake: empty results for these arguments.
-    """
-
-    def decorate(typed: Callable[P, R]) -> Composed[P, R]:
-        body: Callable[..., Any] = typed
-        opaque = _register(typed.__name__, body, body, fake)
-
-        @wraps(body)
-        def call(*args: Any) -> Any:
-            return opaque(*args) if torch.compiler.is_compiling() else body(*args)
-
-        call.plain, call.opaque = typed, opaque  # type: ignore[attr-defined]
-        return cast(Composed[P, R], call)
-
-    return decorate
-
-
-def _register(
+def register(
     name: str, body: Callable[..., Any], here: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The lower level of ``torch.library.custom_op``: a call costs a quarter of what it does there."""
+    """Make ``here`` an opaque operation, ``torch.ops.axolotl_bitnet.<name>``, of ``body``'s signature.
+
+    The lower level of ``torch.library.custom_op``: a call costs a quarter of what it does there.
+    """
     _library.define(name + torch.library.infer_schema(body, mutates_args=()))
     _library.impl(name, here, "CompositeExplicitAutograd")
     torch.library.register_fake(f"axolotl_bitnet::{name}", fake, lib=_library)

@@ -25,7 +25,7 @@ from common import RESULTS, append_csv, free, machine
 from torch import Tensor, nn
 
 from axolotl_bitnet.ops import pack_codes, packed_matmul, unpack_codes
-from axolotl_bitnet.ops.kernels import decode, matvec
+from axolotl_bitnet.ops.kernels import decode, matvec, registers
 from axolotl_bitnet.serving.packed_linear import PackedLinear, apply, prepare
 
 MODELS = {
@@ -134,12 +134,14 @@ def as_vllm() -> None:
 
 def ways(out: int, columns: int, rows: int) -> dict[str, dict[str, Any]]:
     """Other cuts than the package's, and its own without overlap."""
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     found: dict[str, dict[str, Any]] = {"apart": {"how": None, "overlap": False}} if rows == 1 else {}
-    if rows >= 4:
-        for how in dict.fromkeys([decode.cut(out // 4, columns, multiprocessors), decode.Cut(128, 4, 4, 1)]):
-            found["tensor cores " + "/".join(map(str, how))] = {"how": how}
-    if rows > decode.MOST_WORDS:
+    if rows > 1:
+        cuts = [(8, 4, 1, 8), (8, 4, 2, 8), (8, 2, 1, 8), (4, 4, 1, 8), (4, 4, 2, 8)]
+        if columns > 4096:
+            cuts = [(4, 8, 1, 13), (4, 16, 1, 13), (8, 8, 1, 13), (8, 16, 1, 13)]
+        for cut in cuts:
+            found["registers " + "/".join(map(str, cut))] = {"how": registers.Rows(*cut)}
+    if rows > 2:
         return found
     narrow = columns <= 4096
     cuts = (
@@ -151,9 +153,9 @@ def ways(out: int, columns: int, rows: int) -> dict[str, dict[str, Any]]:
         wide = 128 * warps // beside
         whole = each * rows <= 4 and rows * columns <= 64 * wide
         for quantizing in [True, False] if whole and beside == 4 else [whole]:
-            if each * rows <= 8 and beside * each * 64 <= out // 4:
-                cut = matvec.cut_in_words(columns, rows, each, beside, wide, warps, quantizing)
-                found["words " + "/".join(map(str, cut))] = {"how": cut}
+            if beside * each * 64 <= out // 4:
+                words = matvec.cut_in_words(columns, rows, each, beside, wide, warps, quantizing)
+                found["words " + "/".join(map(str, words))] = {"how": words}
     return found
 
 
@@ -215,7 +217,7 @@ def dense_of(out: int, columns: int) -> Tensor:
 
 
 def ours(x: Tensor, weight: Tensor, **how: Any) -> Tensor:
-    return decode._few_rows(x, x, weight, SCALE(), (4 * len(weight),), None, torch.bfloat16, **how)
+    return decode._few_rows(x, weight, SCALE(), (4 * len(weight),), None, torch.bfloat16, **how)
 
 
 @cache

@@ -91,32 +91,30 @@ def test_products_run_on_int8_tensor_cores(arch: int) -> None:
 
 
 @by_arch
-def test_decoding_runs_on_int8_tensor_cores(arch: int) -> None:
-    """For 5 to 8 rows and for 9 to 16, divided among programs and not, in whole steps and not."""
-    found = of(arch, "_decode")
+def test_two_rows_to_sixteen_run_on_int8_tensor_cores(arch: int) -> None:
+    """On rows of bytes by 4 and by 8, in whole steps and not; every thread loads 16 bytes at a time."""
+    found = of(arch, "_few_rows")
     assert all(launch["mma"] and not launch["wgmma"] for launch in found)
-    assert {launch["constants"]["BLOCK_M"] for launch in found} == {"8", "16"}
+    assert {launch["constants"]["ROWS"] for launch in found} == {"2", "3", "4", "5", "8", "16"}
+    assert {launch["constants"]["LANES"] for launch in found} == {"4", "8"}
     assert {launch["constants"]["EVEN"] for launch in found} == {"True", "False"}
-    assert {launch["constants"]["SPLIT"] == "1" for launch in found} == {True, False}
-    assert all(launch["shared"] <= 99 * KIB for launch in found)
+    assert all(launch["wide"] >= int(launch["constants"]["HELD"]) * 2 for launch in found)
 
 
 @by_arch
-def test_a_few_rows_are_multiplied_in_words_of_four_bytes(arch: int) -> None:
-    """With one row of bytes a thread and several, in whole steps and not, for 1 to 4 rows."""
+def test_one_row_or_two_are_multiplied_in_words_of_four_bytes(arch: int) -> None:
+    """With one row of bytes a thread and two, from codes and from x."""
     found = of(arch, "_matvec") + of(arch, "_matvec_of_x")
     assert all(launch["dp4a"] and not launch["mma"] for launch in found)
-    assert {launch["constants"]["ROWS"] for launch in found} == {"1", "2", "3", "4"}
-    assert {launch["constants"]["EACH"] == "1" for launch in found} == {True, False}
-    assert {launch["constants"]["EVEN"] for launch in found} == {"True", "False"}
+    assert {launch["constants"]["ROWS"] for launch in found} == {"1", "2"}
+    assert {launch["constants"]["EACH"] for launch in found} == {"1", "2"}
 
 
 @by_arch
-def test_products_in_words_overlap_from_hopper_on(arch: int) -> None:
+def test_products_of_a_few_rows_overlap_from_hopper_on(arch: int) -> None:
     """Every such kernel waits once; none does where the instruction does not exist."""
-    words = of(arch, "_matvec") + of(arch, "_matvec_of_x")
-    assert {launch["overlap"] for launch in words} == {int(arch >= 90)}
-    assert {launch["overlap"] for launch in of(arch, "_decode")} == {0}
+    found = of(arch, "_matvec") + of(arch, "_matvec_of_x") + of(arch, "_few_rows")
+    assert {launch["overlap"] for launch in found} == {int(arch >= 90)}
 
 
 @pytest.mark.parametrize("arch, limit", [(80, 163), (89, 99), (90, 227), (120, 99)])

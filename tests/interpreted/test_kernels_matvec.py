@@ -16,7 +16,7 @@ CUTS += [Tile(1, 4, 256, 1, 8, False), Tile(1, 4, 128, 4, 4, True), Tile(2, 4, 2
 
 @pytest.mark.parametrize(
     "rows, dtype",
-    [(1, torch.float32), (1, torch.bfloat16), (2, torch.bfloat16), (3, torch.float16), (4, torch.bfloat16)],
+    [(1, torch.float32), (1, torch.bfloat16), (1, torch.float16), (2, torch.bfloat16)],
 )
 def test_every_bit_is_the_definition_s(rows: int, dtype: torch.dtype) -> None:
     sizes = [24, 16, 4]
@@ -35,7 +35,7 @@ def test_however_it_is_cut(columns: int, how: Tile) -> None:
     sizes = [40, 12]
     codes, packed, s = matrices(sizes, columns)
     x = torch.randn(2, columns)
-    found = decode._few_rows(x, x, packed, s, tuple(sizes), None, torch.bfloat16, how)
+    found = decode._few_rows(x, packed, s, tuple(sizes), None, torch.bfloat16, how)
     same(found, expected(x, codes, s, sizes, None, torch.bfloat16))
 
 
@@ -59,10 +59,9 @@ def test_the_largest_sums() -> None:
         assert bool((found == sign * 127 * 32768 / (127 * (1 / torch.tensor(3.5)))).all())
 
 
-@pytest.mark.parametrize("rows, columns", [(1, 1000), (5, 1024)])
-def test_what_it_does_not_take_goes_to_the_tensor_cores(
-    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("rows, columns", [(3, 1024), (2, 4096), (1, 1000)])
+def test_what_it_does_not_take(rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goes to tensor cores, and where rows of bytes are not aligned, is unpacked first."""
     monkeypatch.setattr(decode, "matvec", None)
     codes, packed, s = matrices([16], columns)
     x = torch.randn(rows, columns)
@@ -70,7 +69,7 @@ def test_what_it_does_not_take_goes_to_the_tensor_cores(
     same(found, expected(x, codes, s, [16], None, torch.bfloat16))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(
     "out, columns", [(13312, 2048), (2048, 13312), (2048, 2048), (6912, 2560), (23040, 3072), (3072, 23040)]
 )

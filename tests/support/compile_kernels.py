@@ -34,6 +34,7 @@ from axolotl_bitnet.ops.kernels import (
     matmul,
     matvec,
     packing,
+    registers,
     rmsnorm,
     shards,
     swiglu,
@@ -186,11 +187,11 @@ def main(arch: int, only: str) -> None:
         caught.append((kernel, args, warps, stages))
 
     for module in (
-        activations, decode, divergence, gradients, matmul, matvec, packing, rmsnorm, shards, swiglu, weights,
+        activations, decode, divergence, gradients, matmul, matvec, packing, registers, rmsnorm,
+        shards, swiglu, weights,
     ):  # fmt: skip
         module.launch = catch  # type: ignore[attr-defined]
     matmul._gpu = lambda index: (MULTIPROCESSORS[arch], arch >= 90, arch == 90)
-    decode._multiprocessors = lambda index: MULTIPROCESSORS[arch]
     decode.overlaps = lambda index: arch >= 90  # type: ignore[attr-defined]
     tiles: list[matmul.Tiles] = []
     for name in ("launch_tma", "launch_pointers"):
@@ -216,10 +217,11 @@ def main(arch: int, only: str) -> None:
                     "warps": warps,
                     "tiles": tiles[0]._asdict() if tiles else {},
                     "constants": {key: str(value) for key, value in constants.items()},
-                    "mma": len(re.findall(r"mma\.sync\.\S*\.s8\.s8", assembly)),
+                    "mma": len(re.findall(r"mma\.sync\.\S*\.[su]8\.s8", assembly)),
                     "wgmma": len(re.findall(r"wgmma\.mma_async\.\S*\.s8\.s8", assembly)),
                     "bulk": assembly.count("cp.async.bulk.tensor"),
                     "local": len(re.findall(r"\b(?:ld|st)\.local", assembly)),
+                    "wide": len(re.findall(r"ld\.global\.v4\.b32", assembly)),
                     "dp4a": assembly.count("dp4a.u32.s32"),
                     "overlap": assembly.count("griddepcontrol.wait"),
                     "fused": len(re.findall(r"\bfma\.rn\.f32", assembly)),

@@ -7,17 +7,14 @@ holds four rows of the matrix, so a tile of bytes is multiplied four times, shif
 bits are the code plus one; the sum of a row's codes is subtracted at the end. All of that is exact integer
 arithmetic, and the final scaling is the definition's.
 
-One row to four go by :mod:`.matvec`. From five on:
-
-1. ``_quantize``: codes, scale and sum of each row of x.
-2. ``_decode``: programs share the tiles of bytes, and where there are fewer tiles than multiprocessors, a
-   tile's columns; the last program to finish a tile adds the integers up and scales them.
+1. ``_quantize``: codes, scale and sum of each row of x; or, with one row or two, the kernel of 2. does it.
+2. :mod:`.matvec` for one row and two, :mod:`.registers` for more.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -27,7 +24,6 @@ from torch import Tensor
 from .activations import quantize_activations
 from .arithmetic import (
     EPSILON,
-    INTERPRET,
     as_rows,
     cast,
     ceil_div,
@@ -42,12 +38,10 @@ from .matmul import matmul
 from .matvec import Tile, matvec, tile
 from .overlap import overlaps, release, wait
 from .packing import unpack_codes
+from .registers import Rows, cut, few_rows
 
 MAX_ROWS = 16
-"""Rows of x that the kernel takes; for more, the product for training is quicker."""
-
-MOST_WORDS = 4
-"""Rows of x up to which dot products of words (:mod:`.matvec`) are quicker than tensor cores."""
+"""Rows of x that the kernels take; for more than twice as many, the product for training is quicker."""
 
 _SMALL = 1 << 20  # bytes of a weight that a kernel alone reads sooner without overlap
 
@@ -56,9 +50,8 @@ _CHUNK = 2048  # elements of a row quantized together
 
 @triton.jit
 def _quantize(
-    x_ptr, codes_ptr, r_ptr, sum_ptr, tickets_ptr, columns, x_row, tickets,
-    DTYPE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, TICKETS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    x_ptr, codes_ptr, r_ptr, sum_ptr, zero_ptr, columns, x_row,
+    DTYPE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     release(OVERLAP)
     wait(OVERLAP)
@@ -82,137 +75,7 @@ def _quantize(
     tl.store(r_ptr + row, r)
     tl.store(sum_ptr + row, tl.sum(total, axis=0))
     if row == 0:
-        ticket = tl.arange(0, TICKETS)
-        tl.store(tickets_ptr + ticket, tl.zeros((TICKETS,), tl.int32), mask=ticket < tickets)
-
-
-@triton.constexpr_function
-def _take(shift):
-    return f"{{ .reg .b32 t; shr.b32 t, $1, {shift}; and.b32 $0, t, 0x03030303; }}"
-
-
-@triton.jit
-def _quarter(byte, SHIFT: tl.constexpr):
-    """Codes plus one of the rows at ``SHIFT`` bits of each byte, int8; four bytes at a time on a GPU."""
-    if INTERPRET:
-        return ((byte >> SHIFT) & 3).to(tl.int8)
-    return tl.inline_asm_elementwise(_take(SHIFT), "=r,r", [byte], dtype=tl.int8, is_pure=True, pack=4)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _decode(
-    x_ptr, r_ptr, sum_ptr, w_ptr, table_ptr, s_ptr, bias_ptr, y_ptr, shares_ptr, tickets_ptr,
-    rows, out_features, byte_rows, columns, span,
-    BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr,
-    SPLIT: tl.constexpr, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    tile = tl.program_id(0) // SPLIT
-    share = tl.program_id(0) % SPLIT
-    b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
-    m = tl.arange(0, BLOCK_M)
-    # Each warp walks over columns of its own: the first axis of a batched product.
-    begin = (share * WARPS + tl.arange(0, WARPS)) * span
-    k = begin[:, None] + tl.arange(0, BLOCK_K)[None, :]
-    w_place = (tl.minimum(b, byte_rows - 1).to(tl.int64) * columns)[None, :, None] + k[:, None, :]
-    x_place = (tl.minimum(m, rows - 1) * columns)[None, None, :] + k[:, :, None]
-    first = tl.zeros((WARPS, BLOCK_B, BLOCK_M), tl.int32)
-    second = tl.zeros((WARPS, BLOCK_B, BLOCK_M), tl.int32)
-    third = tl.zeros((WARPS, BLOCK_B, BLOCK_M), tl.int32)
-    fourth = tl.zeros((WARPS, BLOCK_B, BLOCK_M), tl.int32)
-    for start in range(0, span, BLOCK_K):
-        if EVEN:
-            w = tl.load(w_ptr + w_place + start)
-            x = tl.load(x_ptr + x_place + start)
-        else:
-            inside = start + k < columns
-            w = tl.load(w_ptr + w_place + start, mask=inside[:, None, :], other=0)
-            x = tl.load(x_ptr + x_place + start, mask=inside[:, :, None], other=0)
-        first = tl.dot(_quarter(w, 0), x, first, out_dtype=tl.int32)
-        second = tl.dot(_quarter(w, 2), x, second, out_dtype=tl.int32)
-        third = tl.dot(_quarter(w, 4), x, third, out_dtype=tl.int32)
-        fourth = tl.dot(_quarter(w, 6), x, fourth, out_dtype=tl.int32)
-
-    _finish(
-        tl.sum(first, axis=0), tl.sum(second, axis=0), tl.sum(third, axis=0), tl.sum(fourth, axis=0),
-        r_ptr, sum_ptr, table_ptr, s_ptr, bias_ptr, y_ptr, shares_ptr, tickets_ptr,
-        rows, out_features, byte_rows, tile, share, b, m, BLOCK_M, BLOCK_B, SPLIT, HAS_BIAS,
-    )  # fmt: skip
-
-
-@triton.jit
-def _finish(
-    first, second, third, fourth, r_ptr, sum_ptr, table_ptr, s_ptr, bias_ptr, y_ptr, shares_ptr, tickets_ptr,
-    rows, out_features, byte_rows, tile, share, b, m,
-    BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """Add up the shares of a tile, if it is divided, then scale and write it: the last program does."""
-    used = (b < byte_rows)[:, None] & (m < rows)[None, :]
-    last = True
-    if SPLIT > 1:
-        size = tl.cdiv(byte_rows, BLOCK_B) * BLOCK_B * BLOCK_M
-        place = (b * BLOCK_M)[:, None] + m[None, :]
-        mine = shares_ptr + share * 4 * size + place
-        tl.store(mine, first, mask=used)
-        tl.store(mine + size, second, mask=used)
-        tl.store(mine + 2 * size, third, mask=used)
-        tl.store(mine + 3 * size, fourth, mask=used)
-        tl.debug_barrier()
-        last = tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel") == SPLIT - 1
-    if last:
-        if SPLIT > 1:
-            for other in range(1, SPLIT):
-                theirs = shares_ptr + (share + other) % SPLIT * 4 * size + place
-                first += tl.load(theirs, mask=used, other=0, cache_modifier=".cg")
-                second += tl.load(theirs + size, mask=used, other=0, cache_modifier=".cg")
-                third += tl.load(theirs + 2 * size, mask=used, other=0, cache_modifier=".cg")
-                fourth += tl.load(theirs + 3 * size, mask=used, other=0, cache_modifier=".cg")
-        total = tl.load(sum_ptr + m, mask=m < rows, other=0)[None, :]
-        n = tl.load(table_ptr + b, mask=b < byte_rows, other=0)
-        step = tl.load(table_ptr + byte_rows + b, mask=b < byte_rows, other=0)
-        matrix = tl.load(table_ptr + 2 * byte_rows + b, mask=b < byte_rows, other=0)
-        scale = tl.load(r_ptr + m, mask=m < rows, other=1.0)[None, :] * tl.load(s_ptr + matrix)[:, None]
-        y_rows = y_ptr + (m * out_features)[None, :]
-        _store(first - total, scale, bias_ptr, y_rows, n, used, HAS_BIAS)
-        _store(second - total, scale, bias_ptr, y_rows, n + step, used, HAS_BIAS)
-        _store(third - total, scale, bias_ptr, y_rows, n + 2 * step, used, HAS_BIAS)
-        _store(fourth - total, scale, bias_ptr, y_rows, n + 3 * step, used, HAS_BIAS)
-
-
-@triton.jit
-def _store(product, scale, bias_ptr, y_rows, n, used, HAS_BIAS: tl.constexpr):
-    """``product / scale``, correctly rounded, as y's dtype, plus the bias."""
-    dtype: tl.constexpr = y_rows.dtype.element_ty
-    y = cast(tl.div_rn(product.to(tl.float32), scale), dtype)
-    if HAS_BIAS:
-        bias = cast(tl.load(bias_ptr + n).to(tl.float32), dtype).to(tl.float32)
-        y = cast(y.to(tl.float32) + bias[:, None], dtype)
-    tl.store(y_rows + n[:, None], y, mask=used)
-
-
-class Cut(NamedTuple):
-    """How a product is cut: columns a step of the loop, warps of a program, stages of loads, and how many
-    programs share a tile's columns."""
-
-    k: int
-    warps: int
-    stages: int
-    split: int
-
-
-_BYTE_ROWS = 16  # of a tile: as many as the tensor cores take
-
-
-def cut(byte_rows: int, columns: int, multiprocessors: int) -> Cut:
-    """As measured on an H100 (benchmarks/results/decode.csv)."""
-    tiles, steps = ceil_div(byte_rows, _BYTE_ROWS), ceil_div(columns, 128)
-    if steps < 4:  # one warp, whose registers do not hold more where rows begin at any byte
-        return Cut(32, 1, 4, 1)
-    return Cut(128, 4, 4, min(ceil_div(2 * multiprocessors, tiles), max(1, steps // 8)))
-
-
-@cache
-def _multiprocessors(index: int) -> int:
-    return 2 if index < 0 else torch.cuda.get_device_properties(index).multi_processor_count
+        tl.store(zero_ptr, 0)
 
 
 @cache
@@ -242,8 +105,9 @@ def packed_matmul(
         dtype: float32, bfloat16 or float16.
     """
     rows = as_rows(x)
-    if rows.shape[0] <= MAX_ROWS:
-        return _few_rows(x, rows, packed, s, tuple(sizes), bias, dtype)
+    if rows.shape[0] <= 2 * MAX_ROWS and rows.shape[1] % 64 == 0 and all(aligned(packed)):
+        parts = [_few_rows(part, packed, s, tuple(sizes), bias, dtype) for part in rows.split(MAX_ROWS)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], sum(sizes))
     codes, r = quantize_activations(x, dtype)
     found, row = [], 0
     for matrix, size in enumerate(sizes):
@@ -255,52 +119,36 @@ def packed_matmul(
 
 
 def _few_rows(
-    x: Tensor, rows: Tensor, packed: Tensor, s: Tensor, sizes: tuple[int, ...], bias: Tensor | None,
-    dtype: torch.dtype, how: Cut | Tile | None = None, overlap: bool | None = None,
+    rows: Tensor, packed: Tensor, s: Tensor, sizes: tuple[int, ...], bias: Tensor | None,
+    dtype: torch.dtype, how: Tile | Rows | None = None, overlap: bool | None = None,
 ) -> Tensor:  # fmt: skip
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     count, columns = rows.shape
-    byte_rows, device, index = packed.shape[0], x.device, x.get_device()
+    byte_rows, device, index = packed.shape[0], rows.device, rows.get_device()
     if how is None:
-        words = count <= MOST_WORDS and columns % 64 == 0 and all(aligned(packed))
-        how = tile(byte_rows, columns, count) if words else cut(byte_rows, columns, _multiprocessors(index))
+        words = count == 1 or (count == 2 and columns <= 2048)
+        how = tile(byte_rows, columns, count) if words else cut(byte_rows, columns, count)
+    whole = isinstance(how, Tile) and how.whole
     if overlap is None:
-        overlap = isinstance(how, Tile) and overlaps(index) and (packed.numel() > _SMALL or not how.whole)
-    y = torch.empty(*x.shape[:-1], byte_rows * 4, dtype=dtype, device=device)
+        overlap = overlaps(index) and (packed.numel() > _SMALL or not whole)
+    y = torch.empty(count, byte_rows * 4, dtype=dtype, device=device)
     table = row_table(sizes, device)
     if isinstance(how, Tile) and how.whole:
         matvec(rows, None, packed, table, s, bias, y, how, overlap)
         return y
 
-    tiles, block_m = ceil_div(byte_rows, _BYTE_ROWS), 8 if count <= 8 else 16
     codes = torch.empty(count, columns, dtype=torch.int8, device=device)
     r = torch.empty(count, dtype=torch.float32, device=device)
-    sums = torch.empty(count + tiles, dtype=torch.int32, device=device)
-    tickets = sums[count:]
+    sums = torch.empty(count + 1, dtype=torch.int32, device=device)
     chunk = min(_CHUNK, power_of_2(columns))
-    key: tuple[Any, ...] = (rows.dtype, dtype, columns, rows.stride(0), tiles, overlap, *aligned(rows))
+    key: tuple[Any, ...] = (rows.dtype, dtype, columns, rows.stride(0), overlap, *aligned(rows))
     args: tuple[Any, ...] = (
-        rows, codes, r, sums, tickets, columns, rows.stride(0), tiles,
-        triton_dtype(dtype), chunk, ceil_div(columns, chunk), power_of_2(tiles), overlap,
+        rows, codes, r, sums, sums[count:], columns, rows.stride(0),
+        triton_dtype(dtype), chunk, ceil_div(columns, chunk), overlap,
     )  # fmt: skip
     launch(_quantize, count, index, key, args, warps=8 if chunk == _CHUNK else 1, overlap=overlap)
     if isinstance(how, Tile):
         matvec(codes, (r, sums), packed, table, s, bias, y, how, overlap)
-        return y
-
-    shares = sums
-    if how.split > 1:
-        shares = torch.empty(how.split * 4 * tiles * _BYTE_ROWS * block_m, dtype=torch.int32, device=device)
-    span = ceil_div(columns, how.k * how.warps * how.split) * how.k
-    even = span * how.warps * how.split == columns
-    key = (
-        dtype, count, byte_rows, columns, len(sizes), how,
-        *aligned(packed), None if bias is None else (bias.dtype, *aligned(bias)),
-    )  # fmt: skip
-    args = (
-        codes, r, sums, packed, table, s, s if bias is None else bias, y, shares, tickets,
-        count, byte_rows * 4, byte_rows, columns, span,
-        block_m, _BYTE_ROWS, how.k, how.warps, how.split, even, bias is not None,
-    )  # fmt: skip
-    launch(_decode, tiles * how.split, index, key, args, how.warps, how.stages)
+    else:
+        few_rows(codes, (r, sums), packed, table, s, bias, y, how, overlap)
     return y

@@ -1,4 +1,4 @@
-"""``y = x W`` for one row or a few, by dot products of four bytes: no tensor cores, no shared memory.
+"""``y = x W`` for one row or two, by dot products of four bytes: no tensor cores, no shared memory.
 
 Tensor cores want 16 rows of bytes a tile, so a narrow matrix has too few tiles, programs must share one, and
 adding their parts up takes as long as reading the weights. Here a warp has rows of its own and walks over all
@@ -236,21 +236,21 @@ class Tile(NamedTuple):
 
 def tile(byte_rows: int, columns: int, rows: int) -> Tile:
     """As measured on an H200 (benchmarks/results/decode.csv)."""
-    each, warps = 1, 8 if columns > 8192 else 4
-    whole = rows == 2 and columns <= 4096 and byte_rows >= 1024  # quantizing a row takes each program 1 us
+    each, warps = 1, 8 if columns > 4096 else 4
     if rows == 1:
-        warps = 8 if columns > 4096 else 4
         whole = columns <= 16384  # else a thread's part of x does not fit its registers
         if (byte_rows > 4096 and columns <= 8192) or (byte_rows >= 1024 and 2048 < columns <= 4096):
             each = 2
+    else:
+        whole = columns <= 4096 and byte_rows >= 1024  # quantizing a row takes each program 1 us
     return cut_in_words(columns, rows, each, 4, 32 * warps, warps, whole)
 
 
 def cut_in_words(columns: int, rows: int, each: int, beside: int, wide: int, warps: int, whole: bool) -> Tile:
     """A tile that holds as many steps as registers allow, the same number in each turn of the loop; with
     ``whole``, all of them."""
-    steps, registers = ceil_div(columns // 4, wide), 12 if rows > 2 and wide > 128 else 16
-    turns = 1 if whole else ceil_div(steps, max(1, registers // (each * rows)))
+    steps = ceil_div(columns // 4, wide)
+    turns = 1 if whole else ceil_div(steps, max(1, 16 // (each * rows)))
     return Tile(each, beside, wide, ceil_div(steps, turns), warps, whole)
 
 

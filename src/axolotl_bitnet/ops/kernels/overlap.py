@@ -40,6 +40,15 @@ def fetch(pointers):
     )
 
 
+@triton.jit
+def fetch_some(pointers, asked):
+    """The same where ``asked`` is not 0."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
+        [pointers, asked], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 @cache
 def overlaps(index: int) -> bool:
     """Whether kernels on this GPU can overlap; negative in the interpreter."""

@@ -92,8 +92,12 @@ def test_products_run_on_int8_tensor_cores(arch: int) -> None:
 
 @by_arch
 def test_two_rows_to_sixteen_run_on_int8_tensor_cores(arch: int) -> None:
-    """On rows of bytes by 4 and by 8, in whole steps and not; every thread loads 16 bytes at a time."""
+    """On rows of bytes by 4 and by 8, in whole steps and not; every thread loads 16 bytes at a time. The
+    results are right only while the n-th number of an operand is the n-th thread's."""
     found = of(arch, "_few_rows")
+    for launch in found:
+        (layout,) = launch["layouts"]
+        assert re.search(r"sizePerThread = \[1\], threadsPerWarp = \[32\], .*order = \[0\]", layout), layout
     assert all(launch["mma"] and not launch["wgmma"] for launch in found)
     assert {launch["constants"]["ROWS"] for launch in found} == {"2", "3", "4", "5", "8", "16"}
     assert {launch["constants"]["LANES"] for launch in found} == {"4", "8"}

@@ -177,6 +177,12 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {key: int(number) for key, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed)}
 
 
+def mma_layouts(ir: str) -> list[str]:
+    """How Triton spreads the operands of inline ``mma.sync`` over threads."""
+    names = set(re.findall(r"mma\.sync.*-> \(?tensor<\d+xi32, (#\w+)>", ir))
+    return [line.split("= ", 1)[1] for line in ir.splitlines() if line.split(" = ")[0] in names]
+
+
 def main(arch: int, only: str) -> None:
     caught: list[tuple[Any, ...]] = []
 
@@ -221,6 +227,7 @@ def main(arch: int, only: str) -> None:
                     "wgmma": len(re.findall(r"wgmma\.mma_async\.\S*\.s8\.s8", assembly)),
                     "bulk": assembly.count("cp.async.bulk.tensor"),
                     "local": len(re.findall(r"\b(?:ld|st)\.local", assembly)),
+                    "layouts": mma_layouts(binary.asm["ttgir"]),
                     "wide": len(re.findall(r"ld\.global\.v4\.b32", assembly)),
                     "dp4a": assembly.count("dp4a.u32.s32"),
                     "overlap": assembly.count("griddepcontrol.wait"),

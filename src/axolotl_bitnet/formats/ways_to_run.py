@@ -78,7 +78,8 @@ def gguf(path: str, device: str = "CPU") -> list[WayToRun]:
     """On the device that llama.cpp is quick on with the type."""
     text = f'llama-cli -m {shlex.quote(path)} -p "{PROMPT}" -n 64'
     result = "greedy tokens equal; perplexity within 1 %"
-    return [WayToRun("llama.cpp", device, "bash", text, "xllamacpp 2026.10, CPU", result)]
+    ran = "xllamacpp 2026.10, CPU" + ("; speed by Vulkan, H200" if device == "GPU" else "")
+    return [WayToRun("llama.cpp", device, "bash", text, ran, result)]
 
 
 def dense(path: str) -> list[WayToRun]:

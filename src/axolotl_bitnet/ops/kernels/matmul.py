@@ -159,10 +159,11 @@ def tma_tiles(rows: int, out_features: int, itemsize: int, onto: bool = False) -
         return Tiles(64, 64, 128, 4, 4)
     if out_features <= 512:
         return Tiles(128, 64, 128, 3, 4, 1, 2)
+    split = 4 if onto else 2  # what is added onto is read through shared memory too
     if itemsize > 2:
-        return Tiles(128, 128, 128, 2, 8, 2, 2)
-    if onto:  # what is read goes through shared memory too
-        return Tiles(128, 128, 128, 3, 8, 4, 2)
+        return Tiles(128, 128, 128, 2, 8, split, 2)
+    if onto:
+        return Tiles(128, 128, 128, 3, 8, split, 2)
     return Tiles(128, 128, 128, 3, 8 if out_features <= 4096 else 4, 2, 2)
 
 

@@ -55,7 +55,10 @@ def of(arch: int, kernel: str) -> list[dict[str, Any]]:
     return found
 
 
-by_arch = pytest.mark.parametrize("arch", [80, 89, 90])
+OLDER = [
+    pytest.param(arch, marks=pytest.mark.once) for arch in (80, 89)
+]  # minutes where none is in the cache
+by_arch = pytest.mark.parametrize("arch", [*OLDER, 90])
 
 
 @by_arch
@@ -78,7 +81,7 @@ def test_multiplication_and_addition_stay_two_roundings(arch: int) -> None:
     assert fused == on_purpose & {launch["kernel"] for launch in launches(arch)}
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90, 120])
+@pytest.mark.parametrize("arch", [*OLDER, 90, pytest.param(120, marks=pytest.mark.once)])
 def test_products_run_on_int8_tensor_cores(arch: int) -> None:
     for launch in of(arch, "_matmul_pointers"):
         assert launch["mma"] or launch["wgmma"], launch
@@ -121,7 +124,13 @@ def test_products_of_a_few_rows_overlap_from_hopper_on(arch: int) -> None:
     assert {launch["overlap"] for launch in found} == {int(arch >= 90)}
 
 
-@pytest.mark.parametrize("arch, limit", [(80, 163), (89, 99), (90, 227), (120, 99)])
+@pytest.mark.parametrize(
+    "arch, limit",
+    [
+        *(pytest.param(*one, marks=pytest.mark.once) for one in ((80, 163), (89, 99), (120, 99))),
+        (90, 227),
+    ],
+)
 def test_programs_fit_into_shared_memory(arch: int, limit: int) -> None:
     """A program of its own, on each; both of pointer_tiles on the smallest."""
     for launch in launches(arch):

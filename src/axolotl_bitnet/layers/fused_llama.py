@@ -151,10 +151,10 @@ class _SwiGLU(torch.autograd.Function):
         needs_x, _, _, needs_gate, needs_up, needs_down, _, _ = ctx.needs_input_grad
         wanted, precision, dtype = [needs_x, needs_gate, needs_up], ctx.precision, w_gate.dtype
         with no_autocast(dy):
-            dgate, dup, *peaks = parts.down_backward(
+            dgate, dup, *rest = parts.down_backward(
                 [w_down], [], [g_down], dy, gate, up, r_h, r, precision, needs_down, dtype
             )
-            dw_down = peaks.pop() if needs_down else None
+            peaks, dw_down = (rest[:-1], rest[-1]) if needs_down else (rest, None)
             del gate, up
             dys, means = [dgate, dup], [g_gate, g_up]
             results = iter(

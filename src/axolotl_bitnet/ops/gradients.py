@@ -50,11 +50,12 @@ def _fits(x: Tensor, *_: object) -> bool:
     return has_kernels(x, torch.bfloat16 if x.dtype == torch.int8 else x.dtype) and x.numel() > 0
 
 
-def _seen(dy: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(dy.new_empty(n, dtype=torch.float32) for n in (_tokens(dy), dy.shape[-1]))  # type: ignore
+def _new_peaks(dy: Tensor) -> tuple[Tensor, Tensor]:
+    float32 = torch.float32
+    return dy.new_empty(_tokens(dy), dtype=float32), dy.new_empty(dy.shape[-1], dtype=float32)
 
 
-@operation("gradients", lambda dy, r: _fits(dy), lambda dy, r: _seen(dy))
+@operation("gradients", lambda dy, r: _fits(dy), lambda dy, r: _new_peaks(dy))
 def gradient_peaks(dy: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """What the scales follow from, float32: the largest |dY| of each token, (tokens,), and the largest |z| of
     each output, (out_features,); at least 1e-30, and NaN or Inf where there is one.
@@ -116,8 +117,8 @@ def transposed_activations(codes: Tensor) -> Tensor:
         gate.new_empty(gate.shape),
         gate.new_empty(gate.shape),
         gate.new_empty(gate.shape, dtype=torch.int8),
-        *_seen(gate),
-        *_seen(gate),
+        *_new_peaks(gate),
+        *_new_peaks(gate),
     ),
 )
 def swiglu_gradients(

@@ -11,6 +11,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,10 +24,13 @@ from axolotl_bitnet.layers.weight_codes import forget_weight_codes, keep_weight_
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.ops import dequantized_weight, ternarize, transposed_codes
 from axolotl_bitnet.training import fsdp2_gather
-from axolotl_bitnet.training.fsdp2_gather import GatherTernary, gather_ternary
+from axolotl_bitnet.training.fsdp2_gather import gather_ternary
+from axolotl_bitnet.training.gather_callback import GatherTernary
+from axolotl_bitnet.training.keep_gathered import keep_gathered
 from support.sharded import batch, build, in_ranks
 
 TERNARY = 10  # layers of build()
+UNITS = 4  # what FSDP2 gathers at once: three blocks, and the rest
 
 
 def shard(
@@ -45,6 +49,8 @@ def shard(
     fully_shard(built, **settings)
     if gather == "ternary":
         assert gather_ternary(built) == TERNARY
+        if model.get("keep"):
+            assert keep_gathered(built) == UNITS
     return built
 
 
@@ -58,6 +64,7 @@ def losses_and_weights(model: nn.Sequential, steps: int = 3, micro_batches: int 
         if how.get("window"):
             keep_weight_codes(whole=False)
         for micro in range(micro_batches):
+            GradientState()._set_sync_gradients(micro == micro_batches - 1)  # as the Trainer does
             if how.get("sync_last"):
                 model.set_requires_gradient_sync(micro == micro_batches - 1)
             loss = model(batch(dist.get_rank(), 10 * step + micro).to(dtype)).float().square().sum()
@@ -224,6 +231,49 @@ def packed_once() -> Any:
     return [], []
 
 
+def gathered_once_a_step() -> Any:
+    """Kept weights are gathered once for a step's micro-batches, and are shards for its optimizer step."""
+    model, counts = shard("ternary", keep=True), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    packed = Mock(side_effect=fsdp2_gather._Unit.packed, autospec=True)
+    with patch.object(fsdp2_gather._Unit, "packed", lambda *args: packed(*args)):
+        for constant in (True, False, True):
+            if constant:
+                keep_weight_codes(whole=False)
+            for micro in range(3):
+                GradientState()._set_sync_gradients(micro == 2)
+                model(batch(0, micro)).sum().backward()
+                kept = constant and micro < 2
+                assert isinstance(model[0].gate.weight, GatheredWeight) == kept
+            forget_weight_codes()
+            optimizer.step()
+            model.eval()
+            with torch.no_grad():
+                model(batch(0, 9))
+            assert not isinstance(model[0].gate.weight, GatheredWeight)
+            model.train()
+            counts.append(packed.call_count)
+            packed.reset_mock()
+    assert counts == [2 * UNITS, 7 * UNITS, 2 * UNITS]  # one of each in the evaluation
+    return [], []
+
+
+def large_others() -> Any:
+    """A module whose other parameters take more than its codes reshards as configured."""
+    model = build(torch.float32, False)
+    model[0].extra = nn.Parameter(torch.zeros(1000))
+    for module in (*model[:3], model):
+        fully_shard(module)
+    assert gather_ternary(model) == TERNARY and keep_gathered(model) == UNITS - 1
+    keep_weight_codes(whole=False)
+    GradientState()._set_sync_gradients(False)
+    model(batch(0, 0)).sum().backward()
+    kept = [isinstance(block.gate.weight, GatheredWeight) for block in model[:3]]
+    forget_weight_codes()
+    assert kept == [False, True, True]
+    return [], []
+
+
 def build_like(latents: Tensor) -> nn.Sequential:
     layer = BitLinear(latents.shape[1], latents.shape[0], bias=False)
     layer.weight.data = latents
@@ -277,7 +327,7 @@ def works_after_its_check() -> Any:
         model = shard("native")
         if gather == "ternary":
             GatherTernary(required=True).on_train_begin(None, None, None, model=model)
-            assert sum(1 for _ in fsdp2_gather._ternary_params(model)) == TERNARY
+            assert sum(1 for _ in fsdp2_gather.ternary_params(model)) == TERNARY
         return losses_and_weights(model)
 
     return pair(run)
@@ -293,6 +343,14 @@ CASES: dict[str, tuple[int, Callable[[], Any]]] = {  # name: processes, what the
     "accumulation": (2, lambda: either(micro_batches=3)),
     "accumulation, gradients reduced at the end": (2, lambda: either(micro_batches=3, sync_last=True)),
     "accumulation, bytes kept": (2, lambda: either(micro_batches=3, window=True, checkpointed=True)),
+    "accumulation, kept gathered": (2, lambda: either(micro_batches=3, window=True, keep=True)),
+    "kept gathered, gradients reduced at the end": (
+        2,
+        lambda: either(micro_batches=3, window=True, keep=True, checkpointed=True, sync_last=True),
+    ),
+    "kept gathered, one micro-batch": (2, lambda: either(window=True, keep=True, policy=torch.bfloat16)),
+    "gathered once a step": (2, gathered_once_a_step),
+    "gathered as before beside large parameters": (2, large_others),
     "packed once": (2, packed_once),
     "compiled layers": (2, compiled_layers),
     "edited weights": (2, edited_weights),

@@ -307,7 +307,11 @@ def callbacks_under(version: int, **options: str) -> list[Any]:
 
     from axolotl_bitnet.plugin.callbacks import gathering
 
-    return gathering(SimpleNamespace(fsdp_version=version), SimpleNamespace(), options.get("gather", "auto"))
+    return gathering(
+        SimpleNamespace(fsdp_version=version, rl=options.pop("rl", None)),
+        SimpleNamespace(),
+        options.get("gather", "auto"),
+    )
 
 
 @pytest.fixture
@@ -322,7 +326,8 @@ def test_fsdp2_gathers_codes_unless_told_otherwise(said: list[str]) -> None:
     for wish in ({}, {"gather": "auto"}, {"gather": "ternary"}):
         (callback,) = callbacks_under(2, **wish)
         assert type(callback).__name__ == "GatherTernary" and "2-bit codes" in said.pop()
-        assert callback.required == (wish.get("gather") == "ternary")
+        assert callback.required == (wish.get("gather") == "ternary") and callback.keep
+    assert not callbacks_under(2, rl="grpo")[0].keep and said.pop()
     assert callbacks_under(2, gather="native") == [] and "bitnet.gather: native" in said.pop()
     assert callbacks_under(1) == [] and not said
 
@@ -330,7 +335,7 @@ def test_fsdp2_gathers_codes_unless_told_otherwise(said: list[str]) -> None:
 def test_a_torch_without_a_place_for_codes_gathers_weights(
     said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "axolotl_bitnet.training.fsdp2_gather", None)
+    monkeypatch.setitem(sys.modules, "axolotl_bitnet.training.gather_callback", None)
     assert callbacks_under(2) == [] and "has no place for codes" in said.pop()
     with pytest.raises(RuntimeError, match=r"gather: ternary.* does not fit torch"):
         callbacks_under(2, gather="ternary")

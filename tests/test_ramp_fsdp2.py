@@ -11,7 +11,8 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from axolotl_bitnet.layers.gathered_weight import GatheredWeight
-from axolotl_bitnet.training.fsdp2_gather import GatherTernary, gather_ternary
+from axolotl_bitnet.training.fsdp2_gather import gather_ternary
+from axolotl_bitnet.training.gather_callback import GatherTernary
 from axolotl_bitnet.training.ramp import RampSchedule, fully_ternary, set_ramp
 from support.sharded import WORLD, batch, build, in_ranks
 

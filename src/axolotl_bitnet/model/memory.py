@@ -93,8 +93,8 @@ def step_memory(outline: Outline, settings: Settings, gpus: int) -> Memory:
 
     - *Weights, gradients, moments*: of every parameter, divided by the GPUs under FSDP2. Without FSDP2
       Axolotl keeps embedding and head in float32 whatever the latents are.
-    - *Kept codes*: a byte per ternary weight, from a step's first micro-batch to its optimizer step (not
-      under FSDP2, nor in compiled layers).
+    - *Kept codes*: a byte per ternary weight, from a step's first micro-batch to its optimizer step (not in
+      compiled layers); under FSDP2 a quarter of a byte, gathered.
     - *Saved activations*: with checkpointing each layer's input: float32, under FSDP2 bfloat16. Else what a
       layer saves.
     - *Work*: the larger of the head and one layer's backward; the head's bfloat16 copy; under FSDP2 what is
@@ -112,7 +112,8 @@ def step_memory(outline: Outline, settings: Settings, gpus: int) -> Memory:
         gradients *= 2  # buckets to reduce them in
     moments = settings.moment_bytes * parameters / shards
     frozen = 2 * settings.frozen / shards
-    codes = 0.0 if sharded or settings.compiled else float(outline.ternary_weights)
+    byte = 0.25 if sharded else 0.0 if settings.compiled else 1.0
+    codes = byte * outline.ternary_weights
     if not (settings.accumulates or settings.checkpointing):
         codes = 0.0
     hidden, wide = outline.hidden, outline.intermediate

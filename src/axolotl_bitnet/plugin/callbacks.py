@@ -56,10 +56,12 @@ def compiling(cfg: Any, trainer: Any) -> list[Any]:
         return []
     from accelerate.utils import DynamoBackend
 
+    from ..training.compiled_attention_rng import without_random_state
     from ..training.layer_compile import CompileLayers
 
     trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
     ask_before_the_layers(trainer.model)
+    without_random_state()
     settings = {"backend": cfg.torch_compile_backend, "mode": cfg.torch_compile_mode}
     return [CompileLayers(**{key: value for key, value in settings.items() if value})]
 
@@ -72,7 +74,7 @@ def gathering(cfg: Any, trainer: Any, wish: str) -> list[Any]:
     reason = "bitnet.gather: native"
     if wish != "native":
         try:
-            from ..training.fsdp2_gather import GatherTernary
+            from ..training.gather_callback import GatherTernary
         except ImportError as error:  # it reaches into FSDP2's own modules
             if wish == "ternary":
                 raise RuntimeError(
@@ -83,6 +85,7 @@ def gathering(cfg: Any, trainer: Any, wish: str) -> list[Any]:
             info("FSDP2 gathers ternary weights as 2-bit codes")
             reference = getattr(trainer, "ref_model", None)
             references = [] if reference is None else [reference]
-            return [GatherTernary(*references, required=wish == "ternary")]
+            keep = cfg.rl not in ("grpo", "gdpo")  # TRL reads weights amid a step, and expects shards
+            return [GatherTernary(*references, required=wish == "ternary", keep=keep)]
     info("FSDP2 gathers whole weights (%s)", reason)
     return []

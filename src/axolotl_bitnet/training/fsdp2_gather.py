@@ -13,15 +13,14 @@ limited by the CPU, so the weights of a module that FSDP2 gathers together are o
 for all.
 
 Changes ``FSDPParam`` of torch (run on 2.11, 2.13 and 2.14), by a subclass. Without one of its names, or where
-the codes that arrive are not those of the whole weight (:mod:`axolotl_bitnet.training.gather_check`), weights
-are gathered as FSDP2 does it, with a warning. Tests: tests/test_gather.py,
+the codes that arrive are not those of the whole weight (:mod:`axolotl_bitnet.training.gather_callback`),
+weights are gathered as FSDP2 does it, with a warning. Tests: tests/test_gather.py,
 tests/test_upstream_names.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -31,16 +30,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-from transformers import TrainerCallback
 
 from .. import ops
 from ..layers.bitlinear import BitLinear
 from ..layers.gathered_weight import GatheredLayer, GatheredWeight
 from ..layers.weight_codes import Window, window
 from ..ternary import absmean, scale_of
-from .gather_check import problem_of
-from .log import warn
-from .ramp import ramping
 
 
 class _Scales:
@@ -97,6 +92,7 @@ class _Unit:
         shapes = [tuple(param._orig_size) for param in params]
         self.layout = _layout(scales.group.size(), tuple(shapes))
         self.gathered: GatheredLayer | None = None
+        self.stays = False  # gathered while weights are constant
         self.round = 0
         self._kept: tuple[Window, Tensor] | None = None
 
@@ -114,7 +110,7 @@ class _Unit:
             if gap := -pieces[-1].numel() % 16:
                 pieces.append(pieces[-1].new_zeros(gap))
         packed = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        if current is not None:
+        if current is not None and not self.stays:
             self._kept = current, packed
         return packed
 
@@ -233,7 +229,7 @@ def _is_ternary(param: Any) -> bool:
 
 def gather_weights(model: nn.Module) -> None:
     """Let FSDP2 gather whole weights again, undoing :func:`gather_ternary`. No weight may be gathered."""
-    for _, group, param in _ternary_params(model):
+    for _, group, param in ternary_params(model):
         group._all_gather_result = None  # of a gather that failed
         local = param._sharded_local_tensor
         param.__class__ = FSDPParam
@@ -243,7 +239,7 @@ def gather_weights(model: nn.Module) -> None:
         vars(param).pop("_unsharded_param", None)
 
 
-def _ternary_params(model: nn.Module) -> Iterator[tuple[FSDPModule, Any, Any]]:
+def ternary_params(model: nn.Module) -> Iterator[tuple[FSDPModule, Any, Any]]:
     """The parameters that are gathered as codes, with their unit and their group."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -251,49 +247,3 @@ def _ternary_params(model: nn.Module) -> Iterator[tuple[FSDPModule, Any, Any]]:
                 for param in group.fsdp_params:
                     if isinstance(param, _TernaryParam):
                         yield module, group, param
-
-
-def _try(model: nn.Module) -> str | None:
-    """Gather codes from now on, if the codes of one layer arrive as they should; else why not."""
-    try:
-        if not gather_ternary(model):
-            return None
-        unit, _, param = next(_ternary_params(model))
-        problem = problem_of(unit, param._module_info.module)
-    except (AttributeError, TypeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    if problem:
-        with suppress(AttributeError):  # where groups cannot be listed, nothing has been changed
-            gather_weights(model)
-    return problem
-
-
-class GatherTernary(TrainerCallback):
-    """Makes FSDP2 gather codes when training begins, because models are sharded by then; or when a ramp ends,
-    because until then layers need latents."""
-
-    def __init__(self, *references: nn.Module, required: bool = False) -> None:
-        """
-        Args:
-            references: models beside the policy that may be sharded too.
-            required: end the run where codes cannot be gathered, instead of gathering weights.
-        """
-        self.references, self.required = references, required
-        self.done = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.done = False
-        self.on_step_begin(args, state, control, **kwargs)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raise RuntimeError where codes are required and do not arrive."""
-        if self.done or ramping(kwargs["model"]):
-            return
-        self.done = True
-        problems = [_try(model) for model in (kwargs["model"], *self.references)]
-        if not (reason := next(filter(None, problems), None)):
-            return
-        reason = f"torch {torch.__version__} gathers in a way that is not known here: {reason}"
-        if self.required:
-            raise RuntimeError(f"`bitnet.gather: ternary`: {reason}. Remove `gather`")
-        warn(f"FSDP2 gathers whole weights, not 2-bit codes: {reason}")

@@ -28,8 +28,8 @@ def without_random_state() -> bool:
     return True
 
 
-def _has_recomputable_rng_ops(graph: torch.fx.GraphModule) -> bool:
-    return any(partitioners.must_recompute(node) and _draws(node) for node in graph.graph.nodes)
+def _has_recomputable_rng_ops(fx_g: torch.fx.GraphModule) -> bool:
+    return any(partitioners.must_recompute(node) and _draws(node) for node in fx_g.graph.nodes)
 
 
 def _draws(node: torch.fx.Node) -> bool:

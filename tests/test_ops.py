@@ -32,6 +32,7 @@ OPERATIONS = [
     "pack_codes",
     "unpack_codes",
     "unpack_shards",
+    "transposed_shards",
     "dequantize_shards",
     "packed_matmul",
     "gradient_peaks",
@@ -111,6 +112,7 @@ def arguments(operation: str, x: Tensor, dtype: torch.dtype = torch.bfloat16, bi
         "pack_codes": [four],
         "unpack_codes": [ops.pack_codes.plain(four)],
         "unpack_shards": [packed, 7],
+        "transposed_shards": [packed, 7],
         "dequantize_shards": [packed, g, 7, dtype],
         "packed_matmul": [
             *(x, torch.cat([ops.pack_codes.plain(codes_w)] * 2), torch.tensor([3.0, 0.7]), [8, 8]),
@@ -217,6 +219,8 @@ def definition(operation: str, given: list[Any]) -> tuple[Tensor, ...]:
         case "unpack_shards", [packed, 7]:
             rows = [(packed[rank, 0].long() >> 2 * row) % 4 - 1 for rank in range(2) for row in range(4)]
             return (torch.stack(rows[:7]).to(torch.int8),)
+        case "transposed_shards", [packed, 7]:
+            return (definition("unpack_shards", [packed, 7])[0].t(),)
         case "dequantize_shards", [packed, g, 7, dtype]:
             (codes,) = definition("unpack_shards", [packed, 7])
             return (ternary.dequantize(codes, ternary.scale_of(g), dtype),)

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import GradientState
 
 from axolotl_bitnet import convert_to_bitlinear
+from axolotl_bitnet.layers.weight_codes import forget_weight_codes, keep_weight_codes
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.training.fsdp2_gather import gather_ternary
+from axolotl_bitnet.training.keep_gathered import keep_gathered
 
 WORLD = 2
 pytestmark = [
@@ -26,6 +29,8 @@ CASES: list[dict[str, Any]] = [
     {"bf16": True, "offload": True},
     {"bf16": True, "compile": True},
     {"bf16": True, "backward": "int8", "checkpointing": True},
+    {"bf16": True, "keep": True, "checkpointing": True},
+    {"bf16": True, "keep": True, "compile": True, "backward": "int8"},
 ]
 
 
@@ -55,13 +60,20 @@ def run(gather: str, bf16: bool = False, reshard: bool = True, **how: Any) -> li
     model.train()
     if gather == "ternary":
         assert gather_ternary(model) == len(names)
+        if how.get("keep"):
+            assert keep_gathered(model) == len(model.model.layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=not how.get("offload"))
     ids = torch.randint(1000, (2, 200), generator=torch.Generator().manual_seed(dist.get_rank())).cuda()
     seen: list[Any] = []
     for _ in range(4):
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        seen.append(loss.item())
+        if how.get("keep"):
+            keep_weight_codes(whole=False)
+        for last in (False, True) if how.get("keep") else (True,):
+            GradientState()._set_sync_gradients(last)
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            seen.append(loss.item())
+        forget_weight_codes()
         seen += [parameter.grad.to("cuda").full_tensor().cpu() for parameter in model.parameters()]
         optimizer.step()
         optimizer.zero_grad()

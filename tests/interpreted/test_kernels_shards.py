@@ -34,6 +34,9 @@ def test_there_and_back(rows: int, columns: int, count: int, dtype: torch.dtype)
     assert packed.shape == (count, -(-most // 4), columns)
     same(kernel.unpack_shards(packed, rows), codes)
     same(ops.unpack_shards.plain(packed, rows), codes)
+    same(ops.transposed_shards.plain(packed, rows), codes.t().contiguous())
+    if rows % (4 * count) == 0:
+        same(kernel.transposed_shards(packed, rows), codes.t().contiguous())
     for wanted in (torch.float32, torch.bfloat16, torch.float16):
         expected = ops.dequantized_weight.plain(weight, g, wanted)
         same(kernel.dequantize_shards(packed, g, rows, wanted), expected)
@@ -58,6 +61,7 @@ def test_views_are_read_as_they_are() -> None:
     packed = kernel.pack_shard(whole, ops.ternarize.plain(whole)[2], 40)[None]
     transposed = packed.transpose(1, 2).contiguous().transpose(1, 2)
     same(kernel.unpack_shards(transposed, 40), ops.unpack_shards.plain(packed, 40))
+    same(kernel.transposed_shards(transposed, 40), ops.transposed_shards.plain(packed, 40))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -86,6 +86,7 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"shard {dtype}", lambda w=weight, g=g: shards.pack_shard(w[:1152], g, 1152)
     gathered = empty(8, 288, 2048, dtype=torch.uint8)
     yield "shards to codes", lambda: shards.unpack_shards(gathered, 9216)
+    yield "shards to transposed codes", lambda: shards.transposed_shards(gathered, 9216)
     yield "shards to bf16", lambda: shards.dequantize_shards(gathered, empty(dtype=F32), 9216, BF16)
     layout = ShardLayout(8, [(2048, 2048), (256, 2048), (9216, 2048), (2048, 9216)])
     yield (

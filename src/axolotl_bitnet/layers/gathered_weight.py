@@ -122,6 +122,10 @@ class GatheredWeight(Tensor):
             return self.layer.codes(self.place)
         return ops.unpack_shards(self.packed, self.shape[0])
 
+    def transposed_codes(self) -> Tensor:
+        """int8 (columns, rows)."""
+        return ops.transposed_shards(self.packed, self.shape[0])
+
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """``codes / s``."""
         return ops.dequantize_shards(self.packed, self.g, self.shape[0], dtype or self.dtype)
@@ -138,6 +142,10 @@ class Shards(NamedTuple):
     def codes(self) -> Tensor:
         """int8 of the weight's shape."""
         return ops.unpack_shards(self.packed, self.rows)
+
+    def transposed_codes(self) -> Tensor:
+        """int8 (columns, rows)."""
+        return ops.transposed_shards(self.packed, self.rows)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """``codes / s``."""
@@ -157,5 +165,5 @@ _OPS = torch.ops.axolotl_bitnet
 READS: dict[Any, Callable[..., Any]] = {  # :mod:`.parts` adds its own
     _OPS.ternarize.default: lambda weight: (weight.codes(), weight.s, weight.g),
     _OPS.dequantized_weight.default: lambda weight, g, dtype: weight.dense(dtype),
-    _OPS.transposed_codes.default: lambda weight, g: (weight.codes().t().contiguous(), weight.s),
+    _OPS.transposed_codes.default: lambda weight, g: (weight.transposed_codes(), weight.s),
 }

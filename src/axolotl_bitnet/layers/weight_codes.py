@@ -68,9 +68,9 @@ def dequantized_weight(weight: Weight, g: Tensor, dtype: torch.dtype) -> Tensor:
 def transposed_codes(weight: Weight, g: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`axolotl_bitnet.ops.transposed_codes` of latents or of a gathered weight."""
     if isinstance(weight, Shards):
-        return weight.codes().t().contiguous(), weight.s
+        return weight.transposed_codes(), weight.s
     if type(weight) is GatheredWeight and not torch.compiler.is_compiling():
-        return weight.codes().t().contiguous(), weight.s
+        return weight.transposed_codes(), weight.s
     return ops.transposed_codes(weight, g)
 
 

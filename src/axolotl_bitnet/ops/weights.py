@@ -131,6 +131,16 @@ def unpack_shards(packed: Tensor, rows: int) -> Tensor:
 
 @operation(
     "shards",
+    lambda packed, rows: has_kernels(packed) and rows % (ROWS_PER_BYTE * packed.shape[0]) == 0,
+    lambda packed, rows: packed.new_empty((packed.shape[2], rows), dtype=torch.int8),
+)
+def transposed_shards(packed: Tensor, rows: int) -> Tensor:
+    """int8 codes of the transposed weight (columns, rows), from the bytes of all shards."""
+    return unpack_shards(packed, rows).t().contiguous()
+
+
+@operation(
+    "shards",
     lambda packed, g, rows, dtype: has_kernels(packed, dtype),
     lambda packed, g, rows, dtype: packed.new_empty((rows, packed.shape[2]), dtype=dtype),
 )

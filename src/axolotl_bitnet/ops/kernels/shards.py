@@ -1,7 +1,9 @@
-"""Shards of weights to 2 bits, and gathered shards back. Twins: ``pack_shard``, ``unpack_shards`` and
-``dequantize_shards`` of :mod:`axolotl_bitnet.ops.weights`, which document the layout.
+"""Shards of weights to 2 bits, and gathered shards back. Twins: ``pack_shard``, ``unpack_shards``,
+``transposed_shards`` and ``dequantize_shards`` of :mod:`axolotl_bitnet.ops.weights`, which document the
+layout.
 
 A program handles one row of bytes, which is four rows of codes: both are read and written along their rows.
+Transposed, the four codes of a byte lie side by side: a program writes a tile of them as 32-bit words.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from ..weights import ShardLayout
 
 _MOST = 2048  # columns of a program
+_TILE = 64
 
 
 @triton.jit
@@ -104,6 +107,43 @@ def _launch_unpack(packed: Tensor, g: Tensor | None, rows: int, dtype: torch.dty
     key = (dtype, g is None, *cut, *aligned(packed))
     args = (packed, packed if g is None else g, out, *cut, g is not None, block)
     launch(_unpack, shards * bytes * blocks, packed.get_device(), key, args, warps=max(1, block // 512))
+    return out
+
+
+@triton.jit
+def _unpack_transposed(
+    packed_ptr, words_ptr, words, columns, shard_bytes, shard_stride, TILE: tl.constexpr
+):  # fmt: skip
+    across = tl.cdiv(columns, TILE)
+    byte_row = (tl.program_id(0) // across) * TILE + tl.arange(0, TILE)
+    column = (tl.program_id(0) % across) * TILE + tl.arange(0, TILE)
+    inside = (byte_row < words)[:, None] & (column < columns)[None, :]
+    place = (byte_row // shard_bytes).to(tl.int64) * shard_stride + (byte_row % shard_bytes) * columns
+    byte = tl.load(packed_ptr + place[:, None] + column[None, :], mask=inside, other=0).to(tl.int32)
+    word = tl.zeros((TILE, TILE), tl.int32)
+    for quarter in tl.static_range(4):
+        word = word | (((((byte >> (2 * quarter)) & 3) - 1) & 255) << (8 * quarter))
+    out = words_ptr + column[:, None].to(tl.int64) * words + byte_row[None, :]
+    tl.store(out, tl.trans(word), mask=tl.trans(inside))
+
+
+def transposed_shards(packed: Tensor, rows: int) -> Tensor:
+    """int8 codes (columns, rows) of the transposed weight.
+
+    Args:
+        packed: the bytes of all shards, uint8 (shards, bytes, columns).
+        rows: of the weight; a multiple of four times the shards.
+    """
+    shards, bytes, columns = packed.shape
+    if packed.stride()[1:] != (columns, 1):
+        packed = packed.contiguous()
+    out = torch.empty(columns, rows, dtype=torch.int8, device=packed.device)
+    words = shards * bytes
+    cut = (words, columns, bytes, packed.stride(0), _TILE)
+    programs = ceil_div(words, _TILE) * ceil_div(columns, _TILE)
+    key = (*cut, *aligned(packed))
+    args = (packed, out.view(torch.int32), *cut)
+    launch(_unpack_transposed, programs, packed.get_device(), key, args, warps=4)
     return out
 
 

@@ -1,9 +1,10 @@
 """The whole training step of Falcon-E-shaped Llamas: forward, backward and a fused AdamW step, no loss head.
 
 Random weights and tokens; every peer in one process, medians, peak memory allocated. ``help`` is what
-everybody gets: none, Liger's kernels (RMSNorm, rotary embedding, SwiGLU), or decoder layers under
-torch.compile. ``latents`` is the dtype of weights, gradients and optimizer state; float32 computes under
-bfloat16 autocast.
+everybody gets: none, Liger's kernels (RMSNorm, rotary embedding, SwiGLU), decoder layers under torch.compile,
+or layers compiled as the plugin compiles them for `torch_compile: true`, with their checkpoint inside.
+``latents`` is the dtype of weights, gradients and optimizer state; float32 computes under bfloat16 autocast.
+With ``--busy`` one more step is profiled: milliseconds in which some kernel runs.
 
     python benchmarks/train_step.py --out benchmarks/results/train_step.csv
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
@@ -21,8 +22,9 @@ from typing import Any
 
 import torch
 from common import FLOAT8, PEERS, RESULTS, free, machine, make_ternary, median_ms, read_csv, write_csv
+from profiled_step import union
 
-from axolotl_bitnet.layers.weight_codes import weights_unchanged as weights_unchanged
+from axolotl_bitnet.layers.weight_codes import weights_unchanged
 
 SHAPES = {"1B": (9216, 24), "3B": (13312, 32)}  # intermediate size, layers; hidden 2048, heads 16 / 2 of 128
 ROWS = {  # name: shape, sequences of a micro-batch, tokens of each, micro-batches per step, checkpointing
@@ -31,7 +33,7 @@ ROWS = {  # name: shape, sequences of a micro-batch, tokens of each, micro-batch
     "1B 8k": ("1B", 1, 8192, 1, False),
     "1B 4x4k ckpt": ("1B", 1, 4096, 4, True),
 }
-HELPS = ("none", "liger", "compile")
+HELPS = ("none", "liger", "compile", "plugin")
 LATENTS = ("bfloat16", "float32")
 OURS = {f"axolotl-bitnet, {backward}": backward for backward in ("int8_dx", "int8")}
 
@@ -65,6 +67,10 @@ def build(shape: str, peer: str, help: str, checkpointing: bool, dtype: torch.dt
     if help == "compile":
         for layer in model.layers:
             layer.compile()
+    elif help == "plugin":
+        from axolotl_bitnet.training.layer_compile import compile_layers
+
+        compile_layers(model)
     return model.train()
 
 
@@ -85,9 +91,9 @@ def helped(help: str) -> Iterator[None]:
 
 
 def measure(
-    row: str, peer: str, help: str, dtype: torch.dtype, repeats: int, **settings: Any
-) -> tuple[float, float]:
-    """Median milliseconds of a step, and the peak of allocated GiB."""
+    row: str, peer: str, help: str, dtype: torch.dtype, repeats: int, busy: bool, **settings: Any
+) -> dict[str, str]:
+    """Median milliseconds of a step, the peak of allocated GiB, and with ``busy`` the GPU's busy time."""
     shape, sequences, tokens, micro_batches, checkpointing = ROWS[row]
     free()
     with helped(help):
@@ -110,8 +116,21 @@ def measure(
 
         step()
         torch.cuda.reset_peak_memory_stats()
-        milliseconds = median_ms(step, repeats, warmup=1)
-    return milliseconds, torch.cuda.max_memory_allocated() / 2**30
+        found = {"ms": f"{median_ms(step, repeats, warmup=1):.1f}"}
+        found["peak_gib"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
+        if busy:
+            found["busy_ms"] = f"{busy_ms(step):.1f}"
+    return found
+
+
+def busy_ms(step: Callable[[], None]) -> float:
+    """Milliseconds of one step in which some kernel runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    events = profile.profiler.kineto_results.events()
+    kernels = [event for event in events if event.device_type() == torch.autograd.DeviceType.CUDA]
+    return union([(kernel.start_ns(), kernel.start_ns() + kernel.duration_ns()) for kernel in kernels]) / 1e6
 
 
 def main() -> None:
@@ -121,6 +140,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=(*PEERS, *OURS, *FLOAT8), default=list(PEERS))
     parser.add_argument("--latents", nargs="+", choices=LATENTS, default=list(LATENTS))
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--busy", action="store_true", help="profile one more step")
     parser.add_argument("--append", action="store_true", help="add to the CSV instead of replacing it")
     parser.add_argument("--out", type=Path, default=RESULTS / "train_step.csv")
     args = parser.parse_args()
@@ -130,15 +150,17 @@ def main() -> None:
     for row, help, latents, peer in itertools.product(args.rows, args.helps, args.latents, args.peers):
         if latents == "float32" and peer in PEERS[2:]:
             continue  # their training is bfloat16
+        if peer in FLOAT8 and help in HELPS[:2]:
+            continue  # slow, unless compiled
         settings = {"backward": OURS[peer]} if peer in OURS else {}
         kind = PEERS[1] if peer in OURS else peer
         try:
-            ms, gib = measure(row, kind, help, getattr(torch, latents), args.repeats, **settings)
+            found = measure(row, kind, help, getattr(torch, latents), args.repeats, args.busy, **settings)
         except Exception as error:  # a peer that cannot is a result too
             print(f"{row} {help} {latents} {peer}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
             continue
         results.append(dict(row=row, help=help, latents=latents, peer=peer))
-        results[-1] |= dict(ms=f"{ms:.1f}", peak_gib=f"{gib:.1f}", gpu=gpu, date=str(date.today()))
+        results[-1] |= found | dict(gpu=gpu, date=str(date.today()))
         print(*results[-1].values(), flush=True)
         write_csv(args.out, results)
 

@@ -88,15 +88,19 @@ def test_one_checkpoint_is_left() -> None:
     assert checkpoint_once(model) == 0 and calls(model, "q_proj") == 4
 
 
-@pytest.mark.parametrize("checkpointed", slow_but(1, ["wrapped", None, "transformers"]))
+def checkpoint(model: Any, kind: str | None) -> None:
+    if kind == "wrapped":
+        wrap(model)
+    elif kind is not None:
+        model.train().gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+
+
+@pytest.mark.parametrize("checkpointed", slow_but(2, ["wrapped", "reentrant", None]))
 def test_one_graph_serves_all_layers(checkpointed: str | None) -> None:
     model = ternary()
     plain = copy.deepcopy(model)
     names = list(model.state_dict())
-    if checkpointed == "wrapped":
-        wrap(model)
-    elif checkpointed == "transformers":
-        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint(model, checkpointed)
     graphs = 0
 
     def backend(graph: Any, _: Any) -> Any:
@@ -124,10 +128,11 @@ def test_families_that_project_together(family: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_checkpoint_forgets_is_computed_again() -> None:
+@pytest.mark.parametrize("checkpointed", ["wrapped", "transformers"])
+def test_what_a_checkpoint_forgets_is_computed_again(checkpointed: str) -> None:
     """Every product but the MLP's last, whose output no backward needs."""
     model = ternary()
-    wrap(model)
+    checkpoint(model, checkpointed)
     compile_layers(model, backend="aot_eager_decomp_partition", fullgraph=True)
     gradients(model)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:

@@ -1,10 +1,10 @@
 """``torch_compile: true`` compiles each layer on its own, its checkpoint inside; and the loss.
 
 A small step waits for Python: it calls every operation of every layer, forward, again, and backward. A
-compiled layer is two calls. A compiler that is given the whole model meets FSDP2's hooks, and attention that
-reads from the GPU whether rows are packed; it gives up inside a checkpoint, and the layers stay as they are
-(accelerate 1.13, torch 2.11: 16,017 launches a step instead of 16,161). What is inside a layer's forward, it
-compiles whole.
+compiled layer is two calls, and three with its checkpoint outside. A compiler that is given the whole model
+meets FSDP2's hooks, and attention that reads from the GPU whether rows are packed; it gives up inside a
+checkpoint, and the layers stay as they are (accelerate 1.13, torch 2.11: 16,017 launches a step instead of
+16,161). What is inside a layer's forward, it compiles whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, CheckpointWrapper
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -26,8 +26,8 @@ _KEEPS_WHAT_FUNCTIONS_COMPUTE = tuple(map(int, torch.__version__.split(".")[:2])
 
 
 def compile_layers(model: Any, **settings: Any) -> int:
-    """Compile the forward of each layer of a transformers model, in place, and the model's loss. A checkpoint
-    that wraps a layer moves inside; hooks, and transformers' own gradient checkpointing, stay outside.
+    """Compile the forward of each layer of a transformers model, in place, and the model's loss. A layer's
+    checkpoint moves inside, a wrapper's or transformers' own, if it is torch's; hooks stay outside.
 
     Args:
         settings: for ``torch.compile``.
@@ -43,14 +43,17 @@ def compile_layers(model: Any, **settings: Any) -> int:
     ]
     count = 0
     for parent, name, child in places:
-        checkpoint = _checkpoint_of(child)
-        layer = child if checkpoint is None else child._checkpoint_wrapped_module
+        wrapped = _checkpoint_of(child)
+        layer = child if wrapped is None else child._checkpoint_wrapped_module
         if not isinstance(layer, GradientCheckpointingLayer):
             continue
         forward = layer.forward
-        if checkpoint is not None:
+        if wrapped is not None:
             parent.register_module(name, layer)
-            forward = partial(checkpoint, forward)
+            forward = partial(wrapped, forward)
+        elif _is_checkpointed(layer):
+            layer._gradient_checkpointing_func = _call
+            forward = partial(_checkpointed, forward)
         layer.forward = torch.compile(_called(forward), **settings)
         count += 1
     if count and hasattr(model, "loss_function"):  # keeps no logits in float32
@@ -62,10 +65,34 @@ def _checkpoint_of(module: nn.Module) -> Callable[..., Any] | None:
     """The function that checkpoints the module's forward, if one does that a compiler can trace."""
     if not isinstance(module, CheckpointWrapper) or module.checkpoint_impl != CheckpointImpl.NO_REENTRANT:
         return None
-    checkpoint: partial[Any] = module.checkpoint_fn
-    if _KEEPS_WHAT_FUNCTIONS_COMPUTE and "context_fn" not in checkpoint.keywords:
-        return partial(checkpoint, context_fn=_COMPUTE_ALL_AGAIN)
-    return checkpoint
+    function: partial[Any] = module.checkpoint_fn
+    if _KEEPS_WHAT_FUNCTIONS_COMPUTE and "context_fn" not in function.keywords:
+        return partial(function, context_fn=_COMPUTE_ALL_AGAIN)
+    return function
+
+
+def _is_checkpointed(layer: GradientCheckpointingLayer) -> bool:
+    """Whether transformers checkpoints the layer by torch's function, and only as it does by default."""
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    return (
+        layer.gradient_checkpointing
+        and isinstance(function, partial)
+        and function.func is checkpoint
+        and function.keywords.keys() <= {"use_reentrant"}
+    )
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward with the checkpoint inside that transformers put around it: in training only. The
+    reentrant kind cannot be traced; the other gives the same gradients."""
+    if not forward.__self__.training:
+        return forward(*args, **kwargs)
+    policy: dict[str, Any] = {"context_fn": _COMPUTE_ALL_AGAIN} if _KEEPS_WHAT_FUNCTIONS_COMPUTE else {}
+    return checkpoint(forward, *args, use_reentrant=False, **policy, **kwargs)
 
 
 def _prefer_recompute(*_: Any, **__: Any) -> CheckpointPolicy:

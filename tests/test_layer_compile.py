@@ -127,6 +127,26 @@ def test_families_that_project_together(family: str) -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_a_checkpoint_that_is_not_torchs_stays_outside() -> None:
+    model, asked = ternary(layers=2), []
+    checkpoint(model, "transformers")
+    for layer in model.model.layers:
+        layer._gradient_checkpointing_func = lambda function, *args: asked.append(1) or function(*args)
+    compile_layers(model, backend="eager")
+    gradients(model)
+    assert len(asked) == 2
+
+
+def test_outside_of_training_nothing_is_checkpointed() -> None:
+    model = ternary(layers=2)
+    plain = copy.deepcopy(model).eval()
+    checkpoint(model, "transformers")
+    compile_layers(model, backend="eager")
+    ids = torch.randint(3, 128, (1, 9))
+    given = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.eval().generate(ids, **given), plain.generate(ids, **given))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", ["wrapped", "transformers"])
 def test_what_a_checkpoint_forgets_is_computed_again(checkpointed: str) -> None:

@@ -309,7 +309,7 @@ def callbacks_under(version: int, **options: str) -> list[Any]:
 
     return gathering(
         SimpleNamespace(fsdp_version=version, rl=options.pop("rl", None)),
-        SimpleNamespace(),
+        SimpleNamespace(accelerator=SimpleNamespace(prepare=None)),
         options.get("gather", "auto"),
     )
 

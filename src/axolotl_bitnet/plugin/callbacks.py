@@ -74,6 +74,7 @@ def gathering(cfg: Any, trainer: Any, wish: str) -> list[Any]:
     reason = "bitnet.gather: native"
     if wish != "native":
         try:
+            from ..training.fsdp2_together import shard_together
             from ..training.gather_callback import GatherTernary
         except ImportError as error:  # it reaches into FSDP2's own modules
             if wish == "ternary":
@@ -83,6 +84,7 @@ def gathering(cfg: Any, trainer: Any, wish: str) -> list[Any]:
             reason = f"torch {torch.__version__} has no place for codes: {error}"
         else:
             info("FSDP2 gathers ternary weights as 2-bit codes")
+            shard_together(trainer.accelerator)
             reference = getattr(trainer, "ref_model", None)
             references = [] if reference is None else [reference]
             keep = cfg.rl not in ("grpo", "gdpo")  # TRL reads weights amid a step, and expects shards

@@ -68,8 +68,10 @@ def build(shape: str, peer: str, help: str, checkpointing: bool, dtype: torch.dt
         for layer in model.layers:
             layer.compile()
     elif help == "plugin":
+        from axolotl_bitnet.training.compiled_attention_rng import without_random_state
         from axolotl_bitnet.training.layer_compile import compile_layers
 
+        without_random_state()
         compile_layers(model)
     return model.train()
 

@@ -55,10 +55,10 @@ def of(arch: int, kernel: str) -> list[dict[str, Any]]:
     return found
 
 
-OLDER = [
-    pytest.param(arch, marks=pytest.mark.once) for arch in (80, 89)
-]  # minutes where none is in the cache
-by_arch = pytest.mark.parametrize("arch", [*OLDER, 90])
+AMPERE = pytest.param(
+    80, marks=pytest.mark.once
+)  # a minute where none is in the cache; Ada has the same kernels
+by_arch = pytest.mark.parametrize("arch", [AMPERE, 90])
 
 
 @by_arch
@@ -81,7 +81,7 @@ def test_multiplication_and_addition_stay_two_roundings(arch: int) -> None:
     assert fused == on_purpose & {launch["kernel"] for launch in launches(arch)}
 
 
-@pytest.mark.parametrize("arch", [*OLDER, 90, pytest.param(120, marks=pytest.mark.once)])
+@pytest.mark.parametrize("arch", [AMPERE, 90, pytest.param(120, marks=pytest.mark.once)])
 def test_products_run_on_int8_tensor_cores(arch: int) -> None:
     for launch in of(arch, "_matmul_pointers"):
         assert launch["mma"] or launch["wgmma"], launch
@@ -126,19 +126,15 @@ def test_products_of_a_few_rows_overlap_from_hopper_on(arch: int) -> None:
 
 @pytest.mark.parametrize(
     "arch, limit",
-    [
-        *(pytest.param(*one, marks=pytest.mark.once) for one in ((80, 163), (89, 99), (120, 99))),
-        (90, 227),
-    ],
+    [*(pytest.param(arch, 99, marks=pytest.mark.once) for arch in (80, 120)), (90, 227)],
 )
 def test_programs_fit_into_shared_memory(arch: int, limit: int) -> None:
-    """A program of its own, on each; both of pointer_tiles on the smallest."""
+    """One program. Ampere's run on Ada too, Blackwell's on its consumer GPUs: both have less."""
     for launch in launches(arch):
         assert launch["shared"] <= limit * KIB, launch
     if arch < 90:
         products = of(arch, "_matmul_pointers")
         assert {launch["constants"]["BLOCK_M"] for launch in products} == {"32", "128"}
-        assert all(launch["shared"] <= 99 * KIB for launch in products)
 
 
 def test_as_many_products_share_a_hopper_multiprocessor_as_are_launched() -> None:

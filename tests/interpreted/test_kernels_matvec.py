@@ -29,7 +29,7 @@ def test_every_bit_is_the_definition_s(rows: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "columns, how",
-    [*((1600, how) for how in CUTS[::2]), *zip((64, 512, 576, 64, 512, 576), CUTS, strict=True)],
+    [(1600, CUTS[0]), *zip((64, 512, 576, 64, 512, 576), CUTS, strict=True)],
 )
 def test_however_it_is_cut(columns: int, how: Tile) -> None:
     """Less than a step, whole steps, and a turn that the columns do not fill."""

@@ -44,7 +44,7 @@ from axolotl_bitnet.ops.kernels import (
 BF16, F32 = torch.bfloat16, torch.float32
 NAMES = {F32: "fp32", BF16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 NAMES |= {torch.int8: "i8", torch.int32: "i32", torch.uint8: "u8", torch.int64: "i64"}
-MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 120: 188}
+MULTIPROCESSORS = {80: 108, 90: 132, 120: 188}
 COLUMNS = [100, 2048, 3072, 9216, 13312, 23040, 32768]  # Falcon-E, Falcon3-10B, and the longest there may be
 ROWS = 8192
 # Rows of the matrices and columns: q with k and v, gate with up, and down; and what fills no tile
@@ -131,9 +131,9 @@ def calls(arch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
         c = empty(9216, 1, dtype=F32)
         yield f"weight product {dtype}", lambda c=c, d=dtype: matmul.weight_product(z, c, x, d)
 
-    few = [(rows, BF16, BF16, each) for rows in (1, 2, 3, 4) for each in PACKED]
+    few = [(rows, BF16, BF16, each) for rows in (1, 2, 4) for each in PACKED]
     few += [(16, BF16, None, each) for each in PACKED]
-    few += [(8, torch.float16, None, PACKED[0]), (5, F32, F32, PACKED[1])]
+    few += [(3, BF16, BF16, PACKED[0]), (8, torch.float16, None, PACKED[0]), (5, F32, F32, PACKED[1])]
     for rows, dtype, bias, (sizes, columns) in few:
         x = empty(rows, columns, dtype=dtype)
         w, s = empty(sum(sizes) // 4, columns, dtype=torch.uint8), empty(len(sizes), dtype=F32)

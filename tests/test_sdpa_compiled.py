@@ -63,7 +63,7 @@ def test_a_padding_mask_without_padding_does_not_mix_conversations(patched: None
 
 
 def test_a_model_that_does_not_ask_beforehand_asks_as_axolotl_does(patched: None) -> None:
-    """A teacher beside the compiled model shares its attention, and is not hooked."""
+    """It shares the compiled model's attention, and is not hooked."""
     torch.manual_seed(3)
     model, other = (tiny_model("Llama", attn_implementation="sdpa") for _ in range(2))
     ids = torch.randint(3, 128, (1, sum(LENGTHS)))

@@ -93,6 +93,22 @@ def test_resumed_within_the_ramp_it_is_the_uninterrupted_run(
 
 
 @pytest.mark.slow
+def test_compiled_layers_learn_the_same(whole: tuple[Path, Run], base: Path, tmp_path: Path) -> None:
+    """In the ramp and after it, with evaluations between; the teacher's layers are compiled as well."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    keys = {"torch_compile": True, "torch_compile_backend": "eager"}
+    try:
+        run = train(config(tmp_path, base, **RUN | keys))
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    finally:
+        torch._dynamo.reset()
+    assert graphs >= 4
+    assert run.losses == pytest.approx(whole[1].losses, rel=1e-4)
+    assert run.logged("bitnet/kl") == pytest.approx(whole[1].logged("bitnet/kl"), rel=1e-4)
+
+
+@pytest.mark.slow
 def test_another_base_is_not_resumed(
     whole: tuple[Path, Run], tiny_model: Callable[..., nn.Module], tmp_path: Path
 ) -> None:

@@ -49,21 +49,23 @@ def watch(
     return callbacks
 
 
-def compiling(cfg: Any, trainer: Any) -> list[Any]:
-    """The callback that compiles layers, for a run with ``torch_compile``. Accelerate would compile the
-    whole model, and is told not to; under FSDP1 and DeepSpeed it does as before."""
+def compiling(cfg: Any, trainer: Any, callbacks: list[Any]) -> list[Any]:
+    """The callback that compiles layers, a teacher's too, for a run with ``torch_compile``. Accelerate would
+    compile the whole model, and is told not to; under FSDP1 and DeepSpeed it does as before."""
     if not cfg.torch_compile or cfg.deepspeed or (cfg.fsdp_config and str(cfg.fsdp_version) != "2"):
         return []
     from accelerate.utils import DynamoBackend
 
     from ..training.compiled_attention_rng import without_random_state
     from ..training.layer_compile import CompileLayers
+    from ..training.teacher import Teaching
 
     trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-    ask_before_the_layers(trainer.model)
+    teachers = [each.teacher.model for each in callbacks if isinstance(each, Teaching)]
+    ask_before_the_layers(trainer.model, *teachers)
     without_random_state()
     settings = {"backend": cfg.torch_compile_backend, "mode": cfg.torch_compile_mode}
-    return [CompileLayers(**{key: value for key, value in settings.items() if value})]
+    return [CompileLayers(*teachers, **{key: value for key, value in settings.items() if value})]
 
 
 def gathering(cfg: Any, trainer: Any, wish: str) -> list[Any]:

@@ -182,7 +182,7 @@ class BitNetPlugin(BasePlugin):
         callbacks = watch(cfg, trainer, _options(cfg), self._resumed, self._settings)
         if cfg.deepspeed:
             return callbacks
-        callbacks += compiling(cfg, trainer)
+        callbacks += compiling(cfg, trainer, callbacks)
         if cfg.fsdp_config:  # a ramp ends before codes are gathered
             callbacks = [CheckpointOnce(), *callbacks, KeepWeightCodes(whole=False)]
             return callbacks + gathering(cfg, trainer, _options(cfg).gather)

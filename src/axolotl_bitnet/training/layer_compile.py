@@ -22,6 +22,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .log import info, warn
 
+_GRAPHS = 32
+"""Of a layer, more than torch's own limit of 8: for training in a ramp and after it, for evaluations, ternary
+and not, for the teacher; each for packed rows and others, and anew when lengths vary. Beyond it a layer runs
+uncompiled."""
+
 _KEEPS_WHAT_FUNCTIONS_COMPUTE = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
 
@@ -114,15 +119,18 @@ def _called(function: Callable[..., Any]) -> Callable[..., Any]:
 class CompileLayers(TrainerCallback):
     """Calls :func:`compile_layers` when training begins, because layers are wrapped by then."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *others: Any, **settings: Any) -> None:
         """
         Args:
+            others: models beside the trained one, such as its teacher.
             settings: for ``torch.compile``.
         """
-        self.settings = settings
+        self.others, self.settings = others, settings
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if count := compile_layers(kwargs["model"], **self.settings):
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, _GRAPHS)
+        if count := sum(compile_layers(model, **self.settings) for model in (kwargs["model"], *self.others)):
             info("%d layers are compiled, each on its own", count)
         else:
             warn(

@@ -6,7 +6,7 @@ transformers 5.16 and 5.20. Test: tests/test_sdpa_compiled.py.
 Axolotl's reads from the GPU, in every layer, whether rows are packed; a compiler stops there. Here the
 decoder asks before its layers, and gives them the answer as the keywords that transformers has for it
 (``cu_seq_lens_q`` and its like), by which the attention goes. It calls what Axolotl's does: ``varlen_attn``
-for packed rows, transformers' own for others. Models that are not compiled (a teacher) ask as before.
+for packed rows, transformers' own for others. Models that are not compiled ask as before.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from .sdpa_varlen import SYMBOLS, find
 
 
-def ask_before_the_layers(model: Any) -> bool:
-    """Let a transformers model's decoder find out what is packed, and its attention go by that.
+def ask_before_the_layers(*models: Any) -> bool:
+    """Let the decoders of transformers models find out what is packed, and their attention go by that.
 
     Returns:
         Whether its attention is Axolotl's for packed rows; another is left as it is.
@@ -36,7 +36,8 @@ def ask_before_the_layers(model: Any) -> bool:
     attention = partial(_attention, asking, stock)
     vars(attention)["_axolotl_sdpa_original"] = stock
     ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)
-    model.base_model.register_forward_pre_hook(_with_lengths, with_kwargs=True)
+    for model in models:
+        model.base_model.register_forward_pre_hook(_with_lengths, with_kwargs=True)
     return True
 
 

@@ -1,6 +1,7 @@
 """The same run in every layout: losses and fingerprint, compared with those of one process.
 
     python benchmarks/layouts.py --processes 2 single single-2-micro ddp fsdp2-full zero3
+    python benchmarks/layouts.py ddp fsdp2-full --bitnet '{"teacher": "base", "ramp_steps": 6}'
 
 Derives a config from the tiny recipe for each layout (float32, one base, the same data, batches of 16), runs
 it in Axolotl and writes ``layouts.csv``: a row a layout, with its largest difference of loss to ``single``
@@ -99,7 +100,7 @@ def prepare(out: Path) -> None:
     (out / "data.jsonl").write_text("\n".join(rows[:640]))
 
 
-def launch(name: str, processes: int, out: Path) -> None:
+def launch(name: str, processes: int, out: Path, bitnet: dict[str, Any]) -> None:
     on_cpu = not torch.cuda.is_available()
     count = 1 if name.startswith("single") else processes
     settings = yaml.safe_load((TINY / "sft.yaml").read_text())
@@ -109,6 +110,7 @@ def launch(name: str, processes: int, out: Path) -> None:
     settings |= {"learning_rate": 2e-5, "lr_scheduler": "constant", "warmup_ratio": 0.0}
     settings |= {"reinit_weights": on_cpu}  # Axolotl loads the base of several processes onto GPUs by number
     settings |= LAYOUTS[name]
+    settings["bitnet"] |= bitnet
     settings["micro_batch_size"] = BATCH // count // settings["gradient_accumulation_steps"]
     path = out / f"{name}.json"
     path.write_text(json.dumps(settings, indent=1))
@@ -144,10 +146,10 @@ def row_of(name: str, out: Path) -> dict[str, Any]:
     return row | {"verified": record["artifacts"]["packed"]["verified"]}
 
 
-def measured(name: str, processes: int, out: Path) -> dict[str, Any]:
+def measured(name: str, args: argparse.Namespace, out: Path) -> dict[str, Any]:
     start = time.perf_counter()
     try:
-        launch(name, processes, out)
+        launch(name, args.processes, out, args.bitnet)
         row = row_of(name, out)
     except Exception as error:  # the next layout shall run
         log = out / f"{name}.log"
@@ -161,15 +163,16 @@ def main() -> None:
     parser.add_argument("layouts", nargs="+", choices=[*LAYOUTS, "all"])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--together", type=int, default=1, help="layouts that run at the same time")
+    parser.add_argument("--bitnet", type=json.loads, default={}, help="more keys of `bitnet`, as JSON")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "layouts")
     args = parser.parse_args()
     out = args.out.resolve()
     prepare(out)
     names = list(LAYOUTS) if "all" in args.layouts else list(dict.fromkeys(args.layouts))
-    rows = [measured("single", args.processes, out)]
+    rows = [measured("single", args, out)]
     print(rows[-1], flush=True)
     with ThreadPoolExecutor(args.together) as pool:
-        runs = [pool.submit(measured, name, args.processes, out) for name in names if name != "single"]
+        runs = [pool.submit(measured, name, args, out) for name in names if name != "single"]
         for run in as_completed(runs):
             rows.append(run.result())
             print(rows[-1], flush=True)

@@ -35,6 +35,7 @@ BEST = replace(TAUGHT, start="stretch", lr=2e-3)
 HALF = replace(BEST, weight=0.5)
 SMALLER = replace(HALF, batch=4)
 DOCS = 25_000_000 // 8192 * 8192
+HALF_DOCS = 12_500_000 // 8192 * 8192
 
 RECIPES: dict[str, Run] = {
     "dense": Run(ternary=False, ramp=0.0, lr=5e-5),
@@ -69,11 +70,17 @@ RECIPES: dict[str, Run] = {
     "half-4k-muon": replace(SMALLER, optimizer="muon", lr=3e-3),
     "half-4k-muon-1e-2": replace(SMALLER, optimizer="muon", lr=1e-2),
     "half-4k-soft": replace(SMALLER, soft=True, start="", ramp=0.6),
+    "w0.7-4k-soft-lacking": replace(SMALLER, weight=0.7, soft=True, start="lacking", ramp=0.6),
     "half-4k-ce-first": replace(SMALLER, ce_first=0.5),
     "tuned-4k": replace(SMALLER, weight=1.0, teacher="tuned"),
     "tuned-half-4k": replace(SMALLER, teacher="tuned"),
     "tuned-4k-ramp30": replace(SMALLER, weight=1.0, teacher="tuned", ramp=0.3),
+    "tuned-0.7-4k-ramp30": replace(SMALLER, weight=0.7, teacher="tuned", ramp=0.3),
+    "w0.7-4k-ramp0": replace(SMALLER, weight=0.7, ramp=0.0),
     "w0.7-4k-ramp30": replace(SMALLER, weight=0.7, ramp=0.3),
+    "w0.7-4k-ramp30-no-stretch": replace(SMALLER, weight=0.7, ramp=0.3, start=""),
+    "w0.7-4k-ramp30-lacking": replace(SMALLER, weight=0.7, ramp=0.3, start="lacking"),
+    "w0.7-4k-ramp30-T2": replace(SMALLER, weight=0.7, ramp=0.3, temperature=2.0),
     "w0.7-4k-ramp30-b0.99": replace(SMALLER, weight=0.7, ramp=0.3, beta2=0.99),
     "w0.7-4k-ramp30-b0.999": replace(SMALLER, weight=0.7, ramp=0.3, beta2=0.999),
     "written-400": replace(SMALLER, data="written", weight=1.0, ramp=0.3),
@@ -88,12 +95,22 @@ TOKENS: dict[str, Run] = {
     "docs-tuned-half-8k": replace(HALF, teacher="docs-tuned", data="docs", tokens=DOCS),
     "docs-tuned-8k-b0.99": replace(BEST, teacher="docs-tuned", beta2=0.99, data="docs", tokens=DOCS),
     "docs-tuned-8k-features": replace(BEST, teacher="docs-tuned", features=1.0, data="docs", tokens=DOCS),
+    # the teacher is the dense model after as many tokens
+    "docs-dense-12m": replace(RECIPES["dense"], data="docs", tokens=HALF_DOCS),
+    "docs-tuned-12m": replace(BEST, teacher="docs-dense-12m", data="docs", tokens=HALF_DOCS),
+    "docs-tuned-25m": replace(BEST, teacher="docs-dense", data="docs", tokens=DOCS),
+    "docs-tuned-25m-features": replace(BEST, teacher="docs-dense", features=1.0, data="docs", tokens=DOCS),
     "docs-ramp": replace(PLAIN, data="docs", tokens=DOCS),
     "docs-ramp-4k-lr2e-3": replace(PLAIN, lr=2e-3, batch=4, data="docs", tokens=DOCS),
     "docs-dense": replace(RECIPES["dense"], data="docs", tokens=DOCS),
 }
 TABLES = {"recipes": RECIPES, "tokens": TOKENS}
-LEAVES = {"dense": "tuned", "docs-teacher": "docs-tuned"}  # weights for other runs
+LEAVES = {  # weights for other runs
+    "dense": "tuned",
+    "docs-teacher": "docs-tuned",
+    "docs-dense-12m": "docs-dense-12m",
+    "docs-dense": "docs-dense",
+}
 
 FIGURES = (
     "before", "held_out", "accuracy", "agreement", "written", "loss", "flips", "zeros", "steps", "ms_step",

@@ -44,7 +44,7 @@ class Run:
 
     data: str = "kjv"  # kjv | docs | written (by the dense model)
     ternary: bool = True
-    teacher: str = ""  # "" | base | tuned, docs-tuned (after a dense fine-tuning on the same text)
+    teacher: str = ""  # "" | base | tuned, docs-... (after a dense fine-tuning on the same text)
     weight: float = 1.0  # of the teacher; the rest is cross-entropy
     temperature: float = 1.0
     features: float = 0.0  # weight of the layers' outputs: their relative squared error to the teacher's

@@ -100,6 +100,9 @@ def teach(student: nn.Module, teacher: Teacher) -> None:
             "vocabulary. Remove added tokens and `resize_token_embeddings_to_32x`, or choose another teacher"
         )
     teacher.model.requires_grad_(False).eval()
+    teacher.model.config.use_cache = (
+        False  # nothing is generated, and with a cache no two layers share a graph
+    )
     _answer_hidden(teacher.model)
     kind = type(student)
 

@@ -2,7 +2,8 @@
 
 Random weights and tokens; every peer in one process, medians, peak memory allocated. ``help`` is what
 everybody gets: none, Liger's kernels (RMSNorm, rotary embedding, SwiGLU), decoder layers under torch.compile,
-or layers compiled as the plugin compiles them for `torch_compile: true`, with their checkpoint inside.
+or layers as the plugin compiles them for `torch_compile: true`, with their checkpoint inside; these also as
+CUDA graphs (`torch_compile_mode: reduce-overhead`), for which gradients keep their memory.
 ``latents`` is the dtype of weights, gradients and optimizer state; float32 computes under bfloat16 autocast.
 With ``--busy`` one more step is profiled: milliseconds in which some kernel runs.
 
@@ -25,6 +26,7 @@ from common import FLOAT8, PEERS, RESULTS, free, machine, make_ternary, median_m
 from profiled_step import union
 
 from axolotl_bitnet.layers.weight_codes import weights_unchanged
+from axolotl_bitnet.training.layer_compile import keep_gradients
 
 SHAPES = {"1B": (9216, 24), "3B": (13312, 32)}  # intermediate size, layers; hidden 2048, heads 16 / 2 of 128
 ROWS = {  # name: shape, sequences of a micro-batch, tokens of each, micro-batches per step, checkpointing
@@ -33,7 +35,7 @@ ROWS = {  # name: shape, sequences of a micro-batch, tokens of each, micro-batch
     "1B 8k": ("1B", 1, 8192, 1, False),
     "1B 4x4k ckpt": ("1B", 1, 4096, 4, True),
 }
-HELPS = ("none", "liger", "compile", "plugin")
+HELPS = ("none", "liger", "compile", "plugin", "graphs")
 LATENTS = ("bfloat16", "float32")
 OURS = {f"axolotl-bitnet, {backward}": backward for backward in ("int8_dx", "int8")}
 
@@ -67,12 +69,12 @@ def build(shape: str, peer: str, help: str, checkpointing: bool, dtype: torch.dt
     if help == "compile":
         for layer in model.layers:
             layer.compile()
-    elif help == "plugin":
+    elif help in HELPS[3:]:
         from axolotl_bitnet.training.compiled_attention_rng import without_random_state
         from axolotl_bitnet.training.layer_compile import compile_layers
 
         without_random_state()
-        compile_layers(model)
+        compile_layers(model, **({"mode": "reduce-overhead"} if help == "graphs" else {}))
     return model.train()
 
 
@@ -107,14 +109,20 @@ def measure(
         rereads = peer == "axolotl-bitnet" and (micro_batches > 1 or checkpointing)
         window = weights_unchanged if rereads else nullcontext
 
+        graphs = help == "graphs"
+        if graphs:
+            keep_gradients(model)
+
         def step() -> None:
             with window():
                 for _ in range(micro_batches):
+                    if graphs:
+                        torch.compiler.cudagraph_mark_step_begin()
                     with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.float32):
                         hidden = model(ids).last_hidden_state
                     hidden.backward(gradient.to(hidden.dtype))
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not graphs)
 
         step()
         torch.cuda.reset_peak_memory_stats()

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from axolotl_bitnet import convert_to_bitlinear
 from axolotl_bitnet.training.checkpoint_once import checkpoint_once
-from axolotl_bitnet.training.layer_compile import compile_layers
+from axolotl_bitnet.training.layer_compile import CompileLayers, compile_layers
 from axolotl_bitnet.training.ramp import set_ramp
 from support.marks import slow_but
 from support.models import tiny_model
@@ -198,6 +198,24 @@ def test_a_compiled_loss_keeps_no_logits_in_float32(compiled: bool) -> None:
     )
     torch.testing.assert_close(loss.detach(), expected / 46)
     assert logits.grad is not None and logits.grad.abs().max() > 0
+
+
+def test_cuda_graphs_are_of_layers_alone_and_gradients_are_there_before_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, modes = ternary(layers=2), []
+    monkeypatch.setattr(torch, "compile", lambda function, mode=None: modes.append(mode) or function)
+    callback = CompileLayers(mode="reduce-overhead")
+    callback.on_train_begin(None, None, None, model=model)
+    assert modes == ["reduce-overhead", "reduce-overhead", None]
+    CompileLayers().on_step_begin(None, None, None, model=model)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    callback.on_step_begin(None, None, None, model=model)
+    kept = [parameter.grad for parameter in model.parameters()]
+    gradients(model)
+    callback.on_step_begin(None, None, None, model=model)
+    assert all(grad is not None and not grad.any() for grad in kept)
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
 def test_a_model_without_such_layers() -> None:

@@ -62,8 +62,17 @@ def compile_layers(model: Any, **settings: Any) -> int:
         layer.forward = torch.compile(_called(forward), **settings)
         count += 1
     if count and hasattr(model, "loss_function"):  # keeps no logits in float32
+        settings.pop("mode", None)  # a CUDA graph would copy the logits
         model.loss_function = torch.compile(model.loss_function, **settings)
     return count
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Give each parameter without a gradient one of zeros. A CUDA graph writes gradients to the same memory
+    every time: the first micro-batch's, which autograd would keep as it is, would be the second's."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _checkpoint_of(module: nn.Module) -> Callable[..., Any] | None:
@@ -117,7 +126,8 @@ def _called(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class CompileLayers(TrainerCallback):
-    """Calls :func:`compile_layers` when training begins, because layers are wrapped by then."""
+    """Calls :func:`compile_layers` when training begins, because layers are wrapped by then; and where they
+    are CUDA graphs, :func:`keep_gradients` in each step."""
 
     def __init__(self, *others: Any, **settings: Any) -> None:
         """
@@ -136,3 +146,7 @@ class CompileLayers(TrainerCallback):
             warn(
                 "torch_compile: this model has no layers as transformers' models have, so nothing is compiled"
             )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.settings.get("mode") in ("reduce-overhead", "max-autotune"):
+            keep_gradients(kwargs["model"])

@@ -380,17 +380,21 @@ def worker(rank: int, world: int, folder: str, names: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """Folder of what the first and the last rank saw of every case; one start a number of processes."""
     folder = tmp_path_factory.mktemp("gather")
-    for world in sorted({world for world, _ in CASES.values()}):
-        names = [name for name, (wanted, _) in CASES.items() if wanted == world]
+    tests = [item for item in request.session.items if item.path == request.path]
+    asked = {item.callspec.params["name"] for item in tests if "runs" in item.fixturenames}
+    for world in sorted({CASES[name][0] for name in asked}):
+        names = [name for name, (wanted, _) in CASES.items() if wanted == world and name in asked]
         in_ranks(worker, world, str(folder), names, world=world)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.once][: world > 4]) for name, (world, _) in CASES.items()]
+)
 def test_a_run_is_the_native_one_to_the_bit(runs: Path, name: str) -> None:
     for rank in (0, 1):
         native, ternary = torch.load(runs / f"{name}-{rank}.pt")

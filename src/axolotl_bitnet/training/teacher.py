@@ -99,11 +99,9 @@ def teach(student: nn.Module, teacher: Teacher) -> None:
             f"the teacher's head has {words[1]} words and the model's {words[0]}: a divergence needs one "
             "vocabulary. Remove added tokens and `resize_token_embeddings_to_32x`, or choose another teacher"
         )
-    teacher.model.requires_grad_(False).eval()
-    teacher.model.config.use_cache = (
-        False  # nothing is generated, and with a cache no two layers share a graph
-    )
-    _answer_hidden(teacher.model)
+    model: Any = teacher.model.requires_grad_(False).eval()
+    model.config.use_cache = False  # nothing is generated, and with a cache no two layers share a graph
+    _answer_hidden(model)
     kind = type(student)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -120,7 +120,8 @@ def launch(name: str, processes: int, out: Path, bitnet: dict[str, Any]) -> None
     command += [__file__, "--worker", str(path), str(out / f"{name}.losses.json")]
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}
-    environment |= {} if count > 1 else {"CUDA_VISIBLE_DEVICES": "0"}  # two would be nn.DataParallel
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment |= {} if count > 1 else {"CUDA_VISIBLE_DEVICES": first}  # two would be nn.DataParallel
     with (out / f"{name}.log").open("w") as log:
         subprocess.run(command, stdout=log, stderr=log, check=True, env=environment)
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 pytest.importorskip("axolotl.cli")
 
+from axolotl_bitnet.plugin.args import BitNetConfig
 from axolotl_bitnet.plugin.refusals import fsdp_refusals, refusals
 from axolotl_bitnet.plugin.resume import ResumeError
+from axolotl_bitnet.plugin.teacher import load_teacher
 from axolotl_bitnet.training.stretch import StretchError
 from axolotl_bitnet.training.teacher import TeacherError
 from support.methods import save_base
@@ -136,6 +141,35 @@ def test_a_teacher_of_another_vocabulary_is_refused(
         (tmp_path / "other" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(TeacherError, match="has 96 words"):
         train(config(tmp_path, base, bitnet={"teacher": str(tmp_path / "other")}))
+
+
+def as_teacher(base: Path, folder: Path) -> tuple[Path, Any]:
+    """A copy of the base to be changed, and what loads it as the teacher of the base."""
+    shutil.copytree(base, folder)
+    options = BitNetConfig(teacher=str(folder))
+    trainer = SimpleNamespace(processing_class=AutoTokenizer.from_pretrained(base), model=None)
+    return folder, lambda: load_teacher(SimpleNamespace(), options, trainer)
+
+
+def test_a_quantized_teacher_is_refused(base: Path, tmp_path: Path) -> None:
+    folder, load = as_teacher(base, tmp_path / "quantized")
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings["quantization_config"] = {"quant_method": "bitnet"}
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(TeacherError, match="is quantized"):
+        load()
+
+
+def test_a_teacher_with_other_words_is_refused(base: Path, tmp_path: Path) -> None:
+    """As many words, two of them exchanged: the vocabulary's size does not show it."""
+    folder, load = as_teacher(base, tmp_path / "other")
+    words = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = words["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (folder / "tokenizer.json").write_text(json.dumps(words), encoding="utf-8")
+    with pytest.raises(TeacherError, match="another tokenizer"):
+        load()
 
 
 TAUGHT = {"use_onebitllms": True, "bitnet": {"teacher": "base"}}

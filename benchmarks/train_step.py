@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def measure(
         gradient = torch.randn(sequences, tokens, 2048, device="cuda", dtype=torch.bfloat16) / tokens
         # As the plugin's callback does; weights that are read once need no memory for it.
         rereads = peer == "axolotl-bitnet" and (micro_batches > 1 or checkpointing)
-        window = weights_unchanged if rereads else nullcontext
+        window = partial(weights_unchanged, compiled=help == "plugin") if rereads else nullcontext
 
         graphs = help == "graphs"
         if graphs:

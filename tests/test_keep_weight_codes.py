@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_bitnet import ops
+from axolotl_bitnet.layers import parts
 from axolotl_bitnet.layers.bitlinear import BitLinear
 from axolotl_bitnet.layers.weight_codes import (
+    FEW_ROWS,
     forget_weight_codes,
     keep_weight_codes,
     ternarize,
@@ -195,6 +197,28 @@ def test_compiled_layers_keep_nothing(made: list[Tensor]) -> None:
         first = compiled(torch.ones(2, 24))
         by_data(layer)
         assert not torch.equal(compiled(torch.ones(2, 24)), first)
+
+
+@pytest.mark.parametrize("rows, compiled, kept", [(2, True, 6), (2, False, 0), (FEW_ROWS + 1, True, 0)])
+def test_compiled_parts_keep_codes_of_few_rows_where_they_are_told_to(
+    made: list[Tensor], rows: int, compiled: bool, kept: int
+) -> None:
+    """Also where the compiler's code writes to the absmeans that it is given."""
+    codes_x, r = torch.randint(-127, 128, (rows, 24), dtype=torch.int8), torch.ones(rows, 1)
+    weights = [torch.randn(8, 24) for _ in range(6)]
+    rest = codes_x, r, [None] * 6, torch.float32
+    expected = parts.project.plain(weights, [], *rest)
+    made.clear()
+    with weights_unchanged(compiled):
+        for _ in range(3):
+            found = parts.project.opaque([weight.detach() for weight in weights], [], *rest)
+            assert len(found) == 12 and all(map(torch.equal, found, expected))
+            for mean in found[6:]:
+                mean.zero_()
+        assert len(made) == (kept or 18)
+        weights[0].add_(1)
+        parts.project.opaque(weights, [], *rest)
+        assert len(made) == (kept + 1 if kept else 24)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from axolotl_bitnet.layers.weight_codes import FEW_ROWS
 from axolotl_bitnet.model.memory import GIB, Settings, moment_bytes, step_memory
 from axolotl_bitnet.model.outline import Outline, outline_of
 
@@ -111,6 +112,8 @@ def test_what_adds_and_what_shards() -> None:
         step_memory(model, replace(whole, frozen=model.parameters), 1).peak == one.peak + 2 * model.parameters
     )
     assert step_memory(model, LOW, 1).peak < 0.5 * one.peak
+    compiled = [step_memory(model, Settings(FEW_ROWS + more, compiled=True), 1).codes for more in (0, 1)]
+    assert compiled == [one.codes, 0]
     assert step_memory(model, replace(whole, accumulates=False), 1).peak < one.peak
 
 

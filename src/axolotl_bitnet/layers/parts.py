@@ -22,7 +22,7 @@ from .. import ops
 from ..ops.operation import Operation, register
 from .gathered_weight import READS, GatheredWeight, Shards
 from .products import Inputs, OutputGradient
-from .weight_codes import Weight, made_anew, ternarize
+from .weight_codes import Weight, inside_compiled, ternarize
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,7 +45,7 @@ def part(fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Part[P, R]]:
         body: Callable[..., Any] = typed
 
         def here(*args: Any) -> Any:
-            with made_anew():  # what an operation gives may be written to by a compiler's code
+            with inside_compiled():
                 return body(*args)
 
         opaque = register(typed.__name__, body, here, fake)
@@ -90,7 +90,7 @@ def project(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """The products of one x with several weights, (..., out_features) each, then the weights' means."""
-    coded = [ternarize(weight) for weight in _sources(weights, shards)]
+    coded = [ternarize(weight, r.numel()) for weight in _sources(weights, shards)]
     outputs = [
         ops.matmul(codes_x, r, codes, s, bias, dtype)
         for (codes, s, _), bias in zip(coded, biases, strict=True)

@@ -25,6 +25,7 @@ CONTEXT = 0.8 * GIB
 """CUDA's own, and NCCL's."""
 
 _EIGHT_BIT = 1 + 4 / 256  # a code, and a float32 scale for each block of 256
+_FEW_TOKENS = 8191  # as axolotl_bitnet.layers.weight_codes, which imports torch, has it
 _FIXED = 0.09 * GIB  # workspaces of the libraries
 _CHUNK = 0.9 * GIB  # logits of a chunk, and the gradient of the head, where the loss is made in chunks
 
@@ -93,8 +94,8 @@ def step_memory(outline: Outline, settings: Settings, gpus: int) -> Memory:
 
     - *Weights, gradients, moments*: of every parameter, divided by the GPUs under FSDP2. Without FSDP2
       Axolotl keeps embedding and head in float32 whatever the latents are.
-    - *Kept codes*: a byte per ternary weight, from a step's first micro-batch to its optimizer step (not in
-      compiled layers); under FSDP2 a quarter of a byte, gathered.
+    - *Kept codes*: a byte per ternary weight, from a step's first micro-batch to its optimizer step (in
+      compiled layers only with micro-batches of few tokens); under FSDP2 a quarter of a byte, gathered.
     - *Saved activations*: with checkpointing each layer's input: float32, under FSDP2 bfloat16. Else what a
       layer saves.
     - *Work*: the larger of the head and one layer's backward; the head's bfloat16 copy; under FSDP2 what is
@@ -112,7 +113,7 @@ def step_memory(outline: Outline, settings: Settings, gpus: int) -> Memory:
         gradients *= 2  # buckets to reduce them in
     moments = settings.moment_bytes * parameters / shards
     frozen = 2 * settings.frozen / shards
-    byte = 0.25 if sharded else 0.0 if settings.compiled else 1.0
+    byte = 0.25 if sharded else 0.0 if settings.compiled and tokens > _FEW_TOKENS else 1.0
     codes = byte * outline.ternary_weights
     if not (settings.accumulates or settings.checkpointing):
         codes = 0.0

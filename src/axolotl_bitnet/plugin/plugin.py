@@ -187,7 +187,8 @@ class BitNetPlugin(BasePlugin):
             callbacks = [CheckpointOnce(), *callbacks, KeepWeightCodes(whole=False)]
             return callbacks + gathering(cfg, trainer, _options(cfg).gather)
         rereads = (cfg.gradient_accumulation_steps or 1) > 1 or bool(cfg.gradient_checkpointing)
-        return callbacks + ([KeepWeightCodes()] if rereads else [])
+        compiled = bool(cfg.torch_compile) and cfg.torch_compile_mode in (None, "default")
+        return callbacks + ([KeepWeightCodes(compiled=compiled)] if rereads else [])
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if not cfg.use_onebitllms:

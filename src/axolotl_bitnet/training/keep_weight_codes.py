@@ -17,13 +17,14 @@ class KeepWeightCodes(TrainerCallback):
     Args:
         whole: keep the codes of whole weights, a byte per weight. Under FSDP2 the gather keeps a shard's
             bytes instead, a quarter of a byte per local weight.
+        compiled: compiled layers of few rows keep them too; not where they are CUDA graphs.
     """
 
-    def __init__(self, whole: bool = True) -> None:
-        self.whole = whole
+    def __init__(self, whole: bool = True, compiled: bool = False) -> None:
+        self.whole, self.compiled = whole, compiled
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        keep_weight_codes(self.whole)
+        keep_weight_codes(self.whole, self.compiled)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         forget_weight_codes()

@@ -85,8 +85,10 @@ def gathering(cfg: Any, trainer: Any, wish: str) -> list[Any]:
                 ) from error
             reason = f"torch {torch.__version__} has no place for codes: {error}"
         else:
-            asked = "" if wish == "ternary" else ", in no measured run slower than whole weights: docs/gather.md"
-            info("FSDP2 gathers ternary weights as 2-bit codes (bitnet.gather: %s%s)", wish, asked)
+            info(
+                "FSDP2 gathers ternary weights as 2-bit codes, an eighth of the bytes (bitnet.gather: %s)",
+                wish,
+            )
             shard_together(trainer.accelerator)
             reference = getattr(trainer, "ref_model", None)
             references = [] if reference is None else [reference]

@@ -9,6 +9,7 @@ import statistics
 from typing import Any
 
 import matplotlib
+import numpy as np
 from shared import RESULTS, read_csv
 from study_plot import save
 
@@ -97,6 +98,47 @@ def tokens_table(points: Rows) -> str:
     return "\n".join(lines)
 
 
+PAIRS = (("4m-dense", "4m-tuned"), ("docs-dense-12m", "docs-tuned-12m"), ("docs-dense", "docs-tuned-25m"))
+GAPS = (0.3, 0.2, 0.1)
+
+
+def fit(tokens: list[float], gaps: list[float]) -> tuple[float, float]:
+    """a and b of ``gap = a tokens^-b``, least squares in logarithms."""
+    x, y = np.log(tokens), np.log(gaps)
+    slope, level = np.polyfit(x, y, 1)
+    return float(np.exp(level)), float(-slope)
+
+
+def gap_table(rows: Rows) -> str:
+    """Gaps of whole runs, each with a schedule of its own and the dense model after as many tokens as its
+    teacher; the law through them, drawn; and the tokens it gives for smaller gaps."""
+    losses = {row["run"]: row for row in rows}
+    pairs = [(losses[dense], losses[ternary]) for dense, ternary in PAIRS]
+    tokens = [float(ternary["tokens"]) / 1e6 for _, ternary in pairs]
+    gaps = [float(ternary["held_out"]) - float(dense["held_out"]) for dense, ternary in pairs]
+    a, b = fit(tokens, gaps)
+    wanted = [(a / gap) ** (1 / b) for gap in GAPS]
+    figure, axis = plt.subplots(figsize=(5.5, 3.8))
+    axis.loglog(tokens, gaps, "o", color="#188038", label="measured: runs of their own")
+    reach = np.geomspace(tokens[0], max(*wanted, tokens[-1]), 50)
+    inside = reach <= tokens[-1]
+    axis.loglog(
+        reach[inside], a * reach[inside] ** -b, "-", color="#188038", label=f"{a:.2f} x tokens^-{b:.2f}"
+    )
+    axis.loglog(reach[~inside], a * reach[~inside] ** -b, ":", color="#188038", label="extrapolated")
+    axis.set_xlabel("million tokens of text, for the teacher and for the ternary model")
+    axis.set_ylabel("gap to the dense model, nats")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    save(figure, "convert-gap.png")
+    lines = ["| million tokens | dense | ternary | gap | the law |", "|---|---|---|---|---|"]
+    for at, gap, (dense, ternary) in zip(tokens, gaps, pairs, strict=True):
+        one, other = (float(row["held_out"]) for row in (dense, ternary))
+        lines.append(f"| {at:.1f} | {one:.3f} | {other:.3f} | {gap:.3f} | {a * at**-b:.3f} |")
+    lines += [f"gap {gap}: {at:.0f} million tokens by the law" for gap, at in zip(GAPS, wanted, strict=True)]
+    return "\n".join(lines)
+
+
 def read(name: str) -> list[dict[str, Any]]:
     rows = read_csv(RESULTS / name)
     return [row for row in rows if not row.get("error")]
@@ -108,6 +150,7 @@ def main() -> None:
     points = read("convert_tokens_curve.csv")
     plot_tokens(points)
     print(tokens_table(points))
+    print(gap_table([*read("convert_candidates.csv"), *read("convert_pairs.csv")]))
 
 
 if __name__ == "__main__":

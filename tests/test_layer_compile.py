@@ -169,8 +169,8 @@ def test_compiled_anew_when_a_ramp_ends_and_without_gradients() -> None:
     model = ternary(layers=2)
     wrap(model)
     plain = copy.deepcopy(model)
-    compile_layers(model, backend="aot_eager", fullgraph=True)
-    for value in (0.3, 0.6, 1.0):
+    compile_layers(model, backend="eager", fullgraph=True)
+    for value in (0.3, 1.0):
         for each in (model, plain):
             set_ramp(each, value)
         for one, other in zip(gradients(model), gradients(plain), strict=True):

@@ -122,13 +122,10 @@ def train(settings: dict[str, Any], report: bool = False) -> Run:
     """Do what `axolotl train` does, in this process; its report is drawn (seconds) only where asked for."""
     from axolotl.train import train as axolotl_train
 
-    cfg, data = prepare(settings)
-    gc.freeze()  # Axolotl collects garbage all the time, which takes longer than a step
-    try:
-        with nullcontext() if report else _no_report():
-            model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=data)
-    finally:
-        gc.unfreeze()
+    # Axolotl collects garbage all the time, which takes longer than a step.
+    with patch.object(gc, "collect", return_value=0), nullcontext() if report else _no_report():
+        cfg, data = prepare(settings)
+        model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=data)
     return Run(trainer, model, cfg)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -124,9 +125,22 @@ def train(settings: dict[str, Any], report: bool = False) -> Run:
 
     # Axolotl collects garbage all the time, which takes longer than a step.
     with patch.object(gc, "collect", return_value=0), nullcontext() if report else _no_report():
-        cfg, data = prepare(settings)
-        model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=data)
+        try:
+            cfg, data = prepare(settings)
+            model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=data)
+        finally:
+            _forget_compiling()
     return Run(trainer, model, cfg)
+
+
+def _forget_compiling() -> None:
+    """With `torch_compile` Axolotl sets variables of the environment for good, and Accelerate remembers."""
+    if set_for_good := [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+        from accelerate.state import AcceleratorState
+
+        for name in set_for_good:
+            del os.environ[name]
+        AcceleratorState._reset_state()
 
 
 def _hide_this_package() -> None:

@@ -62,3 +62,11 @@ def test_the_state_is_kept_where_numbers_are_drawn(
     after = gradient(x, attention_dropout, output_dropout)
     assert bool(states) == draws
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", ["must_recompute", "has_recomputable_rng_ops"])
+def test_a_torch_without_a_name_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delattr(partitioners, name)
+    before = dict(vars(partitioners))
+    assert not without_random_state()
+    assert vars(partitioners) == before

@@ -23,7 +23,7 @@ from axolotl_bitnet.layers.gathered_weight import GatheredWeight
 from axolotl_bitnet.layers.weight_codes import forget_weight_codes, keep_weight_codes
 from axolotl_bitnet.model.fingerprint import fingerprint_model
 from axolotl_bitnet.ops import dequantized_weight, ternarize, transposed_codes
-from axolotl_bitnet.training import fsdp2_gather
+from axolotl_bitnet.training import fsdp2_gather, gather_callback
 from axolotl_bitnet.training.fsdp2_gather import gather_ternary
 from axolotl_bitnet.training.gather_callback import GatherTernary
 from axolotl_bitnet.training.keep_gathered import keep_gathered
@@ -405,3 +405,15 @@ def test_a_run_is_the_native_one_to_the_bit(runs: Path, name: str) -> None:
 
 def test_unsharded_models_are_left_alone() -> None:
     assert gather_ternary(build(torch.float32, False)) == 0
+
+
+def test_a_torch_that_cannot_keep_them_gathers_codes_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(model: nn.Module) -> None:
+        raise AttributeError("no attribute '_reshard_after_forward'")
+
+    said: list[str] = []
+    monkeypatch.setattr(gather_callback, "keep_gathered", gone)
+    monkeypatch.setattr(gather_callback, "warn", said.append)
+    callback = GatherTernary(keep=True)
+    callback.on_train_begin(None, None, None, model=nn.Linear(2, 2))
+    assert len(said) == 1 and "anew in every pass" in said[0] and "_reshard_after_forward" in said[0]

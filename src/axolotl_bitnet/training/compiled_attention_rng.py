@@ -1,7 +1,8 @@
 """In compiled layers, attention without dropout is computed again without the state of the random numbers.
 
 Replaced: ``has_recomputable_rng_ops`` of ``torch._functorch.partitioners``, in torch before 2.14, which has
-the same (``is_rng_op``). Run on torch 2.11 and 2.13. Test: tests/test_compiled_attention_rng.py.
+the same (``is_rng_op``). Run on torch 2.11 and 2.13. Without these names nothing changes, and layers are
+slower. Test: tests/test_compiled_attention_rng.py.
 
 A checkpoint computes a layer's attention twice. torch counts attention among the operations that draw random
 numbers, and a compiled layer then sets the generator's state around it each time: 6 % of the CPU's time in a
@@ -10,26 +11,31 @@ small step. Without dropout nothing is drawn.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
-from torch._functorch import partitioners
 
 
 def without_random_state() -> bool:
     """Let a compiler see which operations of a checkpoint draw random numbers.
 
     Returns:
-        Whether it did not already.
+        Whether it did not already, and does now.
     """
+    try:
+        partitioners: Any = import_module("torch._functorch.partitioners")
+        must_recompute = partitioners.must_recompute
+    except (ImportError, AttributeError):
+        return False
     if hasattr(partitioners, "is_rng_op") or not hasattr(partitioners, "has_recomputable_rng_ops"):
         return False
-    partitioners.has_recomputable_rng_ops = _has_recomputable_rng_ops
+
+    def has_recomputable_rng_ops(fx_g: torch.fx.GraphModule) -> bool:
+        return any(must_recompute(node) and _draws(node) for node in fx_g.graph.nodes)
+
+    partitioners.has_recomputable_rng_ops = has_recomputable_rng_ops
     return True
-
-
-def _has_recomputable_rng_ops(fx_g: torch.fx.GraphModule) -> bool:
-    return any(partitioners.must_recompute(node) and _draws(node) for node in fx_g.graph.nodes)
 
 
 def _draws(node: torch.fx.Node) -> bool:

@@ -31,6 +31,13 @@ def _try(model: nn.Module) -> str | None:
     return problem
 
 
+def _keep(model: nn.Module) -> None:
+    try:
+        keep_gathered(model)
+    except AttributeError as error:
+        warn(f"torch {torch.__version__} gathers codes anew in every pass, which is slower: {error}")
+
+
 class GatherTernary(TrainerCallback):
     """Makes FSDP2 gather codes when training begins, because models are sharded by then; or when a ramp ends,
     because until then layers need latents."""
@@ -57,7 +64,7 @@ class GatherTernary(TrainerCallback):
         problems = [_try(model) for model in (kwargs["model"], *self.references)]
         if not (reason := next(filter(None, problems), None)):
             if self.keep:
-                keep_gathered(kwargs["model"])
+                _keep(kwargs["model"])
             return
         reason = f"torch {torch.__version__} gathers in a way that is not known here: {reason}"
         if self.required:

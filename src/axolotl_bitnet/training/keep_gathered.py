@@ -6,7 +6,9 @@ optimizer step (:mod:`axolotl_bitnet.layers.weight_codes`), and 2-bit codes are 
 even with ``reshard_after_forward: true``, which is there for weights of two bytes. In an evaluation every
 module reshards as configured.
 
-Tests: tests/test_gather.py.
+Reads ``_orig_size`` of ``FSDPParam``, and ``fsdp_params`` and ``_reshard_after_forward`` of
+``FSDPParamGroup`` (torch 2.11, 2.13 and 2.14). Without them codes are gathered anew in every pass, with a
+warning. Tests: tests/test_gather.py.
 """
 
 from __future__ import annotations

@@ -107,7 +107,10 @@ def test_a_run_in_fewer_units_is_the_same_to_the_bit() -> None:
 
 def test_the_name_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     sharded_by: list[Any] = []
-    original = lambda module, **settings: sharded_by.append(module)  # noqa: E731
+
+    def original(module: Any, **settings: Any) -> None:
+        sharded_by.append(module)
+
     monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", original)
     layer, other = tiny_layer(), nn.Linear(2, 2)
     with fsdp2_together.layers_together():
